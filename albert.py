@@ -1,0 +1,290 @@
+"""The ALBERT encoder (Lan et al. 2020): one Transformer layer, applied L times.
+
+Reads weights as the Hugging Face hub and as Google publish them. B batch, T tokens, H hidden, E embedding, L layers, as in ponder.py.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import InputError, assign, cache_dir, download, extract_tar, load_weights, read_json, sha256_file
+
+
+@dataclass(frozen=True)
+class AlbertConfig:
+    """Sizes of an ALBERT, named as in config.json; the defaults are albert-base-v2's.
+
+    Dropout rates are left out on purpose: fine-tuning here drops out before the heads only, whatever a config.json says.
+    """
+
+    vocab_size: int = 30000
+    embedding_size: int = 128
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_hidden_groups: int = 1            # layers with weights of their own; 1 shares one set among all
+    inner_group_num: int = 1              # Transformer blocks inside one layer
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu_new"          # "gelu_new" is the tanh form, "gelu" the exact one with erf
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.type if isinstance(field.type, type) else type(field.default)
+            least = 0 if field.name == "pad_token_id" else 1
+            if type(value) is not wanted or wanted is int and not least <= value < 2**24 or wanted is float and not 0 < value < 1:
+                raise InputError(f"ALBERT config: {field.name} = {value!r} is not usable; expected "
+                                 f"{ {int: f'a whole number from {least}', float: 'a number between 0 and 1', str: 'a word'}[wanted]}")
+        if self.hidden_act not in ("gelu", "gelu_new"):
+            raise InputError(f"ALBERT config: hidden_act = {self.hidden_act!r} is not known here; expected 'gelu' or 'gelu_new'")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(f"ALBERT config: hidden_size = {self.hidden_size} is not a multiple of "
+                             f"num_attention_heads = {self.num_attention_heads}")
+        if self.num_hidden_groups > self.num_hidden_layers:
+            raise InputError(f"ALBERT config: num_hidden_groups = {self.num_hidden_groups} exceeds "
+                             f"num_hidden_layers = {self.num_hidden_layers}")
+        if self.pad_token_id >= self.vocab_size:
+            raise InputError(f"ALBERT config: pad_token_id = {self.pad_token_id} is not in a vocabulary of {self.vocab_size}")
+
+    @classmethod
+    def from_json(cls, values, source="config.json"):
+        """Config from the dict of a config.json or albert_config.json; keys that would change the computation are an error."""
+        for key, only in MUST_BE.items():
+            if values.get(key, only) != only:
+                raise InputError(f"{source}: {key} = {values[key]!r} asks for a computation that is not built here; expected {only!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+
+# Keys of config.json that would change the computation, with the one value that is computed here.
+MUST_BE = {"model_type": "albert", "position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,
+           "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False, "add_cross_attention": False}
+
+_large = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24)
+_xlarge = dict(hidden_size=2048, num_attention_heads=16, intermediate_size=8192, num_hidden_layers=24)
+_xxlarge = dict(hidden_size=4096, num_attention_heads=64, intermediate_size=16384, num_hidden_layers=12)
+SIZES = {
+    "albert-base-v2": AlbertConfig(), "albert-large-v2": AlbertConfig(**_large),
+    "albert-xlarge-v2": AlbertConfig(**_xlarge), "albert-xxlarge-v2": AlbertConfig(**_xxlarge),
+    "albert-base-v1": AlbertConfig(hidden_act="gelu"), "albert-large-v1": AlbertConfig(hidden_act="gelu", **_large),
+    "albert-xlarge-v1": AlbertConfig(hidden_act="gelu", **_xlarge), "albert-xxlarge-v1": AlbertConfig(hidden_act="gelu", **_xxlarge),
+    # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
+    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4, intermediate_size=256),
+    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4, intermediate_size=512),
+}
+
+HUB = "https://huggingface.co/albert/{name}/resolve/main/{file}"
+SHA256 = {
+    "albert-base-v2/model.safetensors": "d24c30ec641e40087eed68adf958afe2dab0432790ec3ffa88b31ce773ae33eb",
+    # Every published ALBERT has the same vocabulary, Google's 30k-clean.model.
+    "spiece.model": "fefb02b667a6c5c2fe27602d28e5fb3428f66ab89c7d6f388e7c8d44a02d0336",
+}
+
+
+class Block(nn.Module):
+    """One Transformer block with the layer norm after each residual sum, as in BERT."""
+
+    def __init__(self, config):
+        super().__init__()
+        H = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.approximate = "tanh" if config.hidden_act == "gelu_new" else "none"
+        self.qkv = nn.Linear(H, 3 * H)
+        self.attn_out = nn.Linear(H, H)
+        self.attn_norm = nn.LayerNorm(H, config.layer_norm_eps)
+        self.ffn_in = nn.Linear(H, config.intermediate_size)
+        self.ffn_out = nn.Linear(config.intermediate_size, H)
+        self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
+
+    def split(self, x):
+        """(B,T,nH) -> n tensors (B,heads,T,H/heads)"""
+        B, T, nH = x.shape
+        H = self.attn_out.in_features
+        return x.view(B, T, nH // H, self.heads, H // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
+    def attend(self, h, q, k, v, mask):
+        """The block's output for the tokens h (B,S,H) with queries q, over all keys and values."""
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])        # (B,heads,S,d)
+        h = self.attn_norm(h + self.attn_out(a.transpose(1, 2).flatten(2)))                 # (B,S,H)
+        # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
+        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (B,S,F)
+        return self.ffn_norm(h + self.ffn_out(f))                                           # (B,S,H)
+
+    def forward(self, h, mask):
+        return self.attend(h, *self.split(self.qkv(h)), mask)                               # (B,T,H)
+
+    def first(self, h, mask):
+        H = h.shape[-1]
+        kv = F.linear(h, self.qkv.weight[H:], self.qkv.bias[H:])                            # (B,T,2H)
+        return self.attend_from(h[:, :1], kv, mask), kv                                     # (B,1,H), (B,T,2H)
+
+    def finish(self, h, mask, cls, kv):
+        return torch.cat([cls, self.attend_from(h[:, 1:], kv, mask)], dim=1)                # (B,T,H)
+
+    def attend_from(self, h, kv, mask):
+        """The block's output for the tokens h (B,S,H), given the keys and values of all tokens, kv (B,T,2H)."""
+        H = h.shape[-1]
+        q, = self.split(F.linear(h, self.qkv.weight[:H], self.qkv.bias[:H]))                # (B,heads,S,d)
+        return self.attend(h, q, *self.split(kv), mask)
+
+
+class Albert(nn.Module):
+    """Encoder without a head. `shared` is True where layer(i, ...) is the same function for every i."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, H = config.embedding_size, config.hidden_size
+        self.config = config
+        self.num_layers, self.hidden_size = config.num_hidden_layers, H
+        self.max_length, self.pad_id = config.max_position_embeddings, config.pad_token_id
+        self.shared = config.num_hidden_groups == 1
+        self.words = nn.Embedding(config.vocab_size, E)
+        self.positions = nn.Embedding(config.max_position_embeddings, E)
+        self.types = nn.Embedding(config.type_vocab_size, E)
+        self.norm = nn.LayerNorm(E, config.layer_norm_eps)
+        self.project = nn.Linear(E, H)
+        self.groups = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.inner_group_num))
+                                    for _ in range(config.num_hidden_groups))
+        self.pooler = nn.Linear(H, H)
+        if config.inner_group_num > 1:
+            self.first = None    # only a layer's last block can be decided early; no published ALBERT has more than one
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def blocks(self, i):
+        if self.shared:
+            return self.groups[0]
+        return self.groups[(i - 1) * self.config.num_hidden_groups // self.config.num_hidden_layers]
+
+    def embed(self, ids, segments):
+        """ids (B,T) int64, segments (B,T) int64 -> h_0 (B,T,H); T up to max_position_embeddings, else ValueError"""
+        T = ids.shape[1]
+        if T > self.config.max_position_embeddings:
+            raise ValueError(f"{T} tokens, but this encoder has {self.config.max_position_embeddings} positions")
+        e = self.words(ids) + self.types(segments) + self.positions.weight[:T]              # (B,T,E)
+        return self.project(self.norm(e))                                                   # (B,T,H)
+
+    def layer(self, i, h, mask):
+        """h_{i-1} (B,T,H), mask (B,T) bool, True = a real token -> h_i (B,T,H), for 1 <= i <= L"""
+        for block in self.blocks(i):
+            h = block(h, mask)
+        return h
+
+    def first(self, i, h, mask):
+        """h_i of the first token alone (B,1,H), and kv (B,T,2H), which finish() takes for the other tokens"""
+        return self.blocks(i)[0].first(h, mask)
+
+    def finish(self, i, h, mask, cls, kv):
+        """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
+        return self.blocks(i)[0].finish(h, mask, cls, kv)
+
+    def pool(self, h):
+        """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""
+        return torch.tanh(self.pooler(h[:, 0]))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """Encoder with published weights: a hub name (see SIZES), a folder in the hub's form, or Google's TF checkpoint (folder,
+        tar or prefix). Every tensor of the file is used once, left out by name below, or an InputError that names it. A file without
+        a pooler, as masked language modelling leaves it, leaves ours freshly initialised."""
+        folder = fetch(name_or_path)
+        weights, kind = load_weights(folder)
+        folder = folder if folder.is_dir() else folder.parent
+        configs = [path for below in ("", "*/") for name in ("config.json", "albert_config.json") for path in folder.glob(below + name)]
+        if not configs:
+            raise InputError(f"{folder}: expected a config.json or albert_config.json beside the weights, found neither")
+        config = AlbertConfig.from_json(read_json(configs[0]), str(configs[0]))
+        if kind == "tensorflow":
+            renamed = [from_google(name, tensor) for name, tensor in weights.items()]
+            config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form in v1 and v2
+        else:
+            renamed = [(name.removeprefix("albert."), tensor) for name, tensor in weights.items()]
+        named = dict(renamed)
+        if len(named) < len(renamed):
+            raise InputError(f"{folder}: two tensors of the same name, with and without 'albert.'")
+        if config.num_hidden_groups * config.inner_group_num > len(named):
+            raise InputError(f"{folder}: the config asks for {config.num_hidden_groups} groups of {config.inner_group_num} blocks, "
+                             f"the weights are {len(named)} tensors")
+        optional = () if any(name.startswith("pooler.") for name in named) else ("pooler.weight", "pooler.bias")
+        with torch.device("meta"):    # no memory for what the config only claims: the shapes are checked first
+            assign(cls(config), named, name_table(config), LEFT_OUT, str(folder), optional)
+        model = cls(config)
+        if assign(model, named, name_table(config), LEFT_OUT, str(folder), optional):
+            print(f"{folder}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
+        return model
+
+
+def fetch(name_or_path):
+    """Path of a folder (or TF prefix) with config, weights and tokenizer; a hub name is downloaded to the cache, a tar unpacked there."""
+    path, name = Path(name_or_path), str(name_or_path).removeprefix("albert/")
+    if name in SIZES and name not in ("tiny", "mini") and not os.path.exists(path):
+        folder = cache_dir() / name
+        for file in ("config.json", "spiece.model", "model.safetensors"):
+            download(HUB.format(name=name, file=file), folder / file, sha256=SHA256.get(f"{name}/{file}", SHA256.get(file)))
+        return folder
+    if os.path.isfile(path) and path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        return extract_tar(path, cache_dir() / f"{path.name.split('.')[0]}-{sha256_file(path)[:12]}")    # not another of that name
+    if not os.path.exists(path) and not os.path.exists(f"{path}.index"):
+        raise InputError(f"model {str(name_or_path)!r} is neither a folder nor a known name; known are "
+                         f"{', '.join(name for name in SIZES if name not in ('tiny', 'mini'))}")
+    return path
+
+
+# ---- the names of weights, ours against the hub's ----
+
+LEFT_OUT = [r"embeddings\.position_ids", r"predictions\..*", r"sop_classifier\..*", r"classifier\..*",   # the hub's heads and a buffer
+            r"cls/.*", r"global_step", r".*/adam_[mv]"]                                                   # Google's heads and Adam's state
+
+
+def name_table(config):
+    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""
+    table = {"words.weight": ["embeddings.word_embeddings.weight"],
+             "positions.weight": ["embeddings.position_embeddings.weight"],
+             "types.weight": ["embeddings.token_type_embeddings.weight"]}
+    modules = {"norm": ["embeddings.LayerNorm"], "project": ["encoder.embedding_hidden_mapping_in"], "pooler": ["pooler"]}
+    for g in range(config.num_hidden_groups):
+        for b in range(config.inner_group_num):
+            ours, hub = f"groups.{g}.{b}", f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
+            modules |= {f"{ours}.qkv": [f"{hub}.attention.{name}" for name in ("query", "key", "value")],
+                        f"{ours}.attn_out": [f"{hub}.attention.dense"],
+                        f"{ours}.attn_norm": [f"{hub}.attention.LayerNorm"],
+                        f"{ours}.ffn_in": [f"{hub}.ffn"],
+                        f"{ours}.ffn_out": [f"{hub}.ffn_output"],
+                        f"{ours}.ffn_norm": [f"{hub}.full_layer_layer_norm"]}
+    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names] for ours, names in modules.items() for part in ("weight", "bias")}
+
+
+GOOGLE = [(r"^bert/embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"),
+          (r"^bert/encoder/transformer/group_(\d+)/inner_group_(\d+)/", r"encoder.albert_layer_groups.\1.albert_layers.\2."),
+          (r"attention_1/self/", "attention."), (r"attention_1/output/dense/", "attention.dense."),
+          (r"LayerNorm_1/", "full_layer_layer_norm."), (r"(albert_layers\.\d+)\.LayerNorm/", r"\1.attention.LayerNorm."),
+          (r"ffn_1/intermediate/output/dense/", "ffn_output."), (r"ffn_1/intermediate/dense/", "ffn."),
+          (r"^bert/pooler/dense/", "pooler."), (r"^bert/", ""), (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias")]
+
+
+def from_google(name, tensor):
+    """A variable of Google's checkpoint under the hub's name; kernels are stored input x output there, so they are transposed."""
+    if any(re.fullmatch(pattern, name) for pattern in LEFT_OUT):
+        return name, tensor
+    if name.endswith("/kernel") and tensor.dim() == 2:
+        tensor = tensor.T
+    for pattern, replacement in GOOGLE:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.\.", ".", name.replace("/", ".")), tensor

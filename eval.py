@@ -1,0 +1,502 @@
+"""Ask a finished run: its scores and exit layers, its speed, one sentence explained, tables, figures, a submission.
+
+    python eval.py --q 0.5                             the newest run on its dev set, with early exit for real
+    python eval.py --text "A." --text-b "B."           where one input exits, and why
+    python eval.py --sweep                             score and mean layer for every q, from one pass
+    python eval.py --bench                             examples per second, full depth and early exit, by batch size
+    python eval.py --table | --plot q | --submit glue.zip    over all runs under runs/
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import InputError, atomic_write
+from glue import TASKS, load, negations, write_submission
+from ponder import exit_distribution, exit_layers, pad
+from train import (EXITS, RUNS, Parser, all_layers, choose_device, find_run, leave, load_run, make_rule, precision, read_run, read_split,
+                   run_main, say, scores)
+
+
+# ---- one run, one split ----
+
+def undecided(exit, settings, logits, lam):
+    """(N,L) bool: where the rule decides by less than 1e-5, so that another order of summation may decide otherwise"""
+    if exit == "q":
+        return (exit_distribution(lam).cumsum(1) - settings.q).abs() < 1e-5
+    if exit == "sample":
+        u, = make_rule(exit, settings, lam.shape[1]).start(*lam.shape, lam.device)
+        return (lam - u).abs() < 1e-5
+    if exit == "entropy":
+        return (torch.special.entr(logits.softmax(2)).sum(2) - settings.entropy).abs() < 1e-5
+    if exit == "patience" and logits.shape[2] > 1:
+        best, second = logits.topk(2, dim=2).values.unbind(2)
+        return best - second < 1e-5
+    if exit == "patience":
+        return (logits[:, :, 0].diff(dim=1, prepend=logits[:, :1, 0]).abs() - settings.tolerance).abs() < 1e-5
+    return torch.zeros_like(lam, dtype=torch.bool)
+
+
+def timed(model, work):
+    """(seconds, result) of work(), the device's work included"""
+    device = next(model.parameters()).device
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def predict_all(model, settings, exit, inputs, batch_size):
+    """Early exit for real over a split: outputs (N,C), layers (N,), on the CPU"""
+    with precision(next(model.parameters()).device):
+        logits, layers = model.predict_many(inputs, make_rule(exit, settings, model.num_layers), batch_size)
+    return logits.float().cpu(), layers.cpu()
+
+
+def exit_statistics(model, settings, split, inputs, labels, exits, batch_size):
+    """{exit: result} over a split. Each exit is computed from one pass of full depth, run again with real early exit, and compared: in
+    float32 a row that leaves elsewhere, undecided() aside, is an error; in bf16 such rows are counted."""
+    all_layers(model, inputs[:batch_size], batch_size)                  # the first call pays for what later ones reuse
+    full_seconds, (logits, lam) = timed(model, lambda: all_layers(model, inputs, batch_size))
+    results = {}
+    for exit in exits:
+        outputs, layers = leave(exit, settings, logits, lam)
+        seconds = full_seconds
+        if exit != "expectation":                                       # which needs every layer
+            seconds, (real_outputs, real_layers) = timed(model, lambda: predict_all(model, settings, exit, inputs, batch_size))
+            differ = (layers != real_layers) & ~undecided(exit, settings, logits, lam).any(1)
+            differ |= (layers == real_layers) & ~torch.isclose(outputs, real_outputs, rtol=1e-3, atol=1e-3).all(1)
+            count = int(differ.sum())
+            if count and precision(next(model.parameters()).device)._enabled:
+                say(f"{exit}: in bf16 {count} of {len(inputs)} rows leave elsewhere than the pass of full depth says")
+            elif count:
+                raise RuntimeError(f"early exit by {exit} disagrees with the pass of full depth on {count} rows of {split}, the first "
+                                   f"row {int(differ.nonzero()[0])}: a fault in this code; please report it")
+            outputs, layers = real_outputs, real_layers
+        metrics = scores(settings.task, outputs, labels) if labels[0] is not None else {"score": None}
+        results[exit] = {"metrics": metrics, "score": metrics.pop("score"), "mean_layer": layers.float().mean().item(),
+                         "layers": torch.bincount(layers, minlength=model.num_layers + 1)[1:].tolist(),
+                         "seconds": seconds, "seconds_full_depth": full_seconds}
+    return results
+
+
+def over_splits(results):
+    """One result of several splits' (MNLI has two): scores and mean layers averaged by split, counts and seconds added."""
+    if len(results) == 1:
+        return next(iter(results.values()))
+    mean = lambda key: None if any(r[key] is None for r in results.values()) else statistics.mean(r[key] for r in results.values())
+    return {"metrics": {f"{name}_{split}": value for split, r in results.items() for name, value in r["metrics"].items()},
+            "score": mean("score"), "mean_layer": mean("mean_layer"), "layers": [sum(c) for c in zip(*(r["layers"] for r in results.values()))],
+            "seconds": sum(r["seconds"] for r in results.values()), "seconds_full_depth": sum(r["seconds_full_depth"] for r in results.values())}
+
+
+def splits_of(task, split):
+    """The splits meant by a name: dev and test stand for both of MNLI's"""
+    return {"dev": TASKS[task].dev_splits, "test": TASKS[task].test_splits}.get(split, (split,))
+
+
+def report(model, settings, tokenizer, exit, split, batch_size, as_json):
+    """The table of every exit of a run on a split; with as_json the chosen exit as one JSON object on stdout, the table on stderr."""
+    by_split = {}
+    for name in splits_of(settings.task, split):
+        inputs, labels = read_split(settings, tokenizer, name)
+        by_split[name] = exit_statistics(model, settings, name, inputs, labels, settings.exits, batch_size)
+    results = {name: over_splits({split: result[name] for split, result in by_split.items()}) for name in settings.exits}
+    out = sys.stderr if as_json else sys.stdout
+    print(f"{settings.task} {split}, {model.num_layers} layers, batch {batch_size}", file=out)
+    print(f"{'':2}{'exit':<16} {'score':>6} {'mean layer':>11} {'layers saved':>13} {'seconds':>9} {'full depth':>11} {'faster':>7}", file=out)
+    for name, r in results.items():
+        label = name + {"q": f" {settings.q:g}", "patience": f" {settings.patience}", "entropy": f" {settings.entropy:g}"}.get(name, "")
+        score = "-" if r["score"] is None else f"{r['score']:.1f}"
+        print(f"{'>' if name == exit else '':2}{label:<16} {score:>6} {r['mean_layer']:>11.2f} {model.num_layers / r['mean_layer']:>12.2f}x "
+              f"{r['seconds']:>9.2f} {r['seconds_full_depth']:>11.2f} {r['seconds_full_depth'] / r['seconds']:>6.2f}x", file=out)
+    if as_json:
+        print(json.dumps({"task": settings.task, "split": split, "exit": exit, "q": settings.q} | results[exit]))
+
+
+def explain(model, settings, tokenizer, exit, text_a, text_b):
+    """One input, layer by layer: lambda, p, the CDF as a bar against q, and that layer's prediction."""
+    task = TASKS[settings.task]
+    if task.pair and text_b is None or not task.pair and text_b is not None:
+        raise InputError(f"--text-b: {task.name} takes {'two texts, --text and --text-b' if task.pair else 'one text, --text alone'}")
+    if exit == "expectation":
+        raise InputError("--exit expectation: it reads every layer, so there is no exit to explain; use q, sample or last")
+    inputs = [tokenizer.encode(text_a, text_b, settings.max_length)]
+    logits, lam = all_layers(model, inputs)
+    _, (layer,) = leave(exit, settings, logits, lam)
+    p = exit_distribution(lam)[0]
+    cdf = p.cumsum(0)
+
+    def prediction(i):
+        if task.num_labels == 1:
+            return f"{logits[0, i, 0]:.2f}"
+        probabilities = logits[0, i].softmax(0)
+        return f"{task.labels[int(probabilities.argmax())]} ({probabilities.max():.0%})"
+
+    print(f"{' '.join(tokenizer.tokens(inputs[0][0]))}\n{prediction(layer - 1)} at layer {layer} of {model.num_layers}, by {exit} exit\n")
+    print(f"{'layer':>5} {'lambda':>7} {'p':>6} {'CDF':>6}  {f'against q = {settings.q:g}':<42} prediction")
+    for i in range(model.num_layers):
+        bar = ["█" if n < round(cdf[i].item() * 40) else "·" for n in range(40)]
+        bar.insert(round(settings.q * 40), "|")
+        print(f"{i + 1:>5} {lam[0, i]:>7.3f} {p[i]:>6.3f} {cdf[i]:>6.3f}  {''.join(bar):<42} {prediction(i)}{'  <- exit' if i + 1 == layer else ''}")
+
+
+SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)), "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]}
+
+
+def sweep(settings, exit, logits, lam, labels):
+    """Score and mean layer for every q (or patience, or entropy threshold), from arrays of full depth -> list of dicts"""
+    rows = []
+    for value in SWEEPS[exit]:
+        outputs, layers = leave(exit, dataclasses.replace(settings, **{exit: value}), logits, lam)
+        mean_layer = layers.float().mean().item()
+        rows.append({exit: value, "score": scores(settings.task, outputs, labels)["score"], "mean_layer": mean_layer,
+                     "speed_up": lam.shape[1] / mean_layer})
+    return rows
+
+
+def print_sweep(model, settings, tokenizer, exit, split, batch_size, as_json):
+    if exit not in SWEEPS:
+        raise InputError(f"--sweep: exit {exit} has nothing to sweep; expected --exit {', '.join(e for e in SWEEPS if e in settings.exits) or 'of another method'}")
+    tables = []
+    for name in splits_of(settings.task, split):
+        inputs, labels = read_split(settings, tokenizer, name)
+        if labels[0] is None:
+            raise InputError(f"--sweep: {settings.task} {name} has no labels; use --split dev")
+        tables.append(sweep(settings, exit, *all_layers(model, inputs, batch_size), labels))
+    rows = [{key: statistics.mean(row[key] for row in same) for key in same[0]} for same in zip(*tables)]
+    best = max(rows, key=lambda row: (row["score"], -row["mean_layer"]))
+    if as_json:
+        print(json.dumps({"task": settings.task, "split": split, "exit": exit, "rows": rows, "best": best}))
+        return
+    print(f"{exit:>9} {'score':>6} {'mean layer':>11} {'speed-up':>9}")
+    for row in rows:
+        print(f"{row[exit]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x{'  <- best' if row is best else ''}")
+
+
+# ---- all runs: tables, submission ----
+
+def finished_runs():
+    """[(folder, Settings, dev results by exit)] of the finished runs under runs/, each set of settings once, the newest"""
+    runs = {}
+    for path in sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns):
+        settings, values = read_run(path.parent)
+        if values.get("finished"):
+            runs[dataclasses.replace(settings, data_dir=None, device=None, save_every=None)] = (path.parent, settings, values["dev"])
+    return list(runs.values())
+
+
+def submit(path, device, data_dir, batch_size):
+    """The zip for GLUE's server from the best run of each task on dev, by its own exit; AX is predicted by the MNLI run."""
+    best = {}
+    for folder, settings, dev in finished_runs():
+        if settings.task not in best or dev[settings.exit]["score"] > best[settings.task][1]:
+            best[settings.task] = folder, dev[settings.exit]["score"]
+    best.pop("parity", None)
+    predictions = {}
+    for task, (folder, score) in best.items():
+        settings, tokenizer, model = load_run(folder, device)
+        settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
+        say(f"{task}: {folder}, dev {score:.1f} by {settings.exit}")
+        for name, split in [(task, split) for split in TASKS[task].test_splits] + ([("ax", "test")] if task == "mnli" else []):
+            inputs, _ = read_split(dataclasses.replace(settings, task=name) if name == "ax" else settings, tokenizer, split)
+            if settings.exit == "expectation":
+                outputs, _ = leave("expectation", settings, *all_layers(model, inputs, batch_size))
+            else:
+                outputs, _ = predict_all(model, settings, settings.exit, inputs, batch_size)
+            predictions[name, split] = outputs[:, 0].numpy() if outputs.shape[1] == 1 else outputs.argmax(1).numpy()
+    missing = write_submission(path, predictions)
+    print(f"{path}: {len(predictions)} files" + (f"; not in it, for want of a run: {', '.join(missing)}" if missing else ""))
+
+
+COLUMNS = ("sst2", "rte", "qnli", "cola", "mrpc", "mnli", "qqp", "stsb")
+NAMES = {"sst2": "SST-2", "rte": "RTE", "qnli": "QNLI", "cola": "CoLA", "mrpc": "MRPC", "mnli": "MNLI", "qqp": "QQP", "stsb": "STS-B"}
+SYSTEMS = {     # the rows of Tables 2 and 3: what identifies their runs (encoder, method, exit, layers), the paper's dev and test scores
+    "ALBERT": (("albert", "finetune", "last", None), (92.7, 76.5, 91.5, 56.6, 90.5, 84.8, 88.9, 90.6), (93.4, 70.0, 92.1, 50.5, 85.6, 79.0, 84.7, 87.4)),
+    "ALBERT, 9 layers": (("albert", "finetune", "last", 9), (91.1, 74.2, 91.2, 56.9, 89.7, 84.3, 89.7, 90.1), None),
+    "PABEE (t = 6)": (("albert", "pabee", "patience", None), (92.7, 76.9, 91.5, 55.6, 88.3, 84.5, 88.9, 89.9), (92.7, 71.1, 91.3, 46.0, 84.3, 79.2, 83.7, 86.5)),
+    "PonderNet (sampling)": (("albert", "pondernet", "sample", None), (91.3, 74.0, 88.3, 51.3, 87.1, 81.7, 87.7, 88.2), (90.2, 68.6, 88.5, 43.7, 84.3, 81.1, 77.4, 83.6)),
+    "PALBERT": (("albert", "palbert", "q", None), (93.1, 78.3, 91.0, 58.1, 89.3, 84.7, 88.9, 89.9), (93.0, 73.5, 91.7, 48.6, 87.1, 79.8, 84.4, 86.5)),
+    "RoBERTa": (("roberta", "finetune", "last", None), (94.5, 79.4, 92.4, 63.1, 91.3, 86.7, 89.8, 90.7), (94.5, 74.1, 93.1, 58.9, 89.1, 86.5, 80.9, 88.4)),
+    "RoBERTa PABEE": (("roberta", "pabee", "patience", None), (93.8, 76.9, 91.9, 60.7, 89.6, 86.4, 91.1, 89.9), (95.4, 71.7, 92.0, 51.2, 87.6, 86.2, 80.4, 86.2)),
+    "PRoBERTa": (("roberta", "palbert", "q", None), (93.7, 79.1, 91.6, 62.2, 90.2, 86.7, 91.1, 89.9), (94.5, 72.1, 91.8, 58.6, 88.3, 86.1, 79.6, 85.7)),
+}
+ABLATION = {    # the rows of Table 1: exit, Lambda rate of its own, Lambda's layers and input; the paper's SST-2, RTE, CoLA
+    "ALBERT": (("last", False, 0, ""), ("92.7 ± 0.3", "77.0 ± 1.9", "57.0 ± 2.1")),
+    "PonderNet, sampling": (("sample", False, 1, "current"), ("91.1 ± 0.6", "73.5 ± 1.9", "50.8 ± 2.2")),
+    "PonderNet, expectation": (("expectation", False, 1, "current"), ("92.3 ± 0.4", "76.8 ± 3.0", "55.9 ± 2.2")),
+    "Q-exit": (("q", False, 1, "current"), ("92.2 ± 0.3", "77.3 ± 1.4", "55.7 ± 0.9")),
+    "+ Lambda rate": (("q", True, 1, "current"), ("92.7 ± 0.4", "77.3 ± 1.4", "56.5 ± 1.2")),
+    "+ 3 layers": (("q", True, 3, "current"), ("92.6 ± 0.3", "77.0 ± 1.4", "56.3 ± 2.4")),
+    "+ concatenation instead": (("q", True, 1, "concat"), ("93.0 ± 0.3", "76.5 ± 1.6", "56.9 ± 1.9")),
+    "all: PALBERT": (("q", True, 3, "concat"), ("92.9 ± 0.2", "77.8 ± 1.2", "57.4 ± 1.7")),
+}
+
+
+def system_of(folder, settings):
+    """What identifies a run's row in Tables 2 and 3"""
+    encoder = json.loads((folder / "config.json").read_bytes()).get("model_type", "albert")
+    return encoder, settings.method, settings.exit, settings.layers
+
+
+def ablation_of(folder, settings):
+    """What identifies a run's row in Table 1"""
+    if settings.method == "finetune" and settings.layers is None:
+        return "last", False, 0, ""
+    return settings.exit, settings.lambda_lr is not None, settings.lambda_layers if settings.has_lambda else None, settings.lambda_input
+
+
+def seeds_of(runs, task, model, identify, key):
+    """The runs of one cell: of those with this key, the settings with the most seeds, or the best mean among equals"""
+    groups = {}
+    for folder, settings, dev in runs:
+        plain = settings.prior == 0.1 and settings.max_steps is None
+        if plain and (settings.task, Path(settings.model).name) == (task, model) and identify(folder, settings) == key:
+            result = dev[settings.exit]
+            groups.setdefault(dataclasses.replace(settings, seed=0, data_dir=None, device=None), []).append((result["score"], result["mean_layer"]))
+    return max(groups.values(), key=lambda g: (len(g), statistics.mean(score for score, _ in g)), default=[])
+
+
+def cell(found, median):
+    """median, or mean ± std, of scores; how many seeds; their mean exit layer"""
+    if not found:
+        return "not run"
+    values = [score for score, _ in found]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    value = f"{statistics.median(values):.1f}" if median else f"{statistics.mean(values):.1f}{spread}"
+    return f"{value} ({len(found)} seed{'s' * (len(found) > 1)}, layer {statistics.mean(layer for _, layer in found):.1f})"
+
+
+def print_tables():
+    """The paper's Tables 1, 2 and 3 in Markdown, ours beside the paper's"""
+    runs = finished_runs()
+    models = sorted({Path(settings.model).name for _, settings, _ in runs if settings.task != "parity"}) or ["albert-base-v2"]
+
+    def table(title, columns, rows):
+        print(f"\n{title}\n\n| system | whose | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 2) + "|")
+        for row in rows:
+            print("| " + " | ".join(row) + " |")
+
+    rows = []
+    for name, (key, paper) in ABLATION.items():
+        rows.append([name, "paper", *paper])
+        rows += [["", f"ours, {model}", *(cell(seeds_of(runs, task, model, ablation_of, key), False) for task in ("sst2", "rte", "cola"))] for model in models]
+    table("Table 1. Ablation, GLUE dev, mean ± std over seeds", ("SST-2", "RTE", "CoLA"), rows)
+    rows = []
+    for name, (key, paper, _) in SYSTEMS.items():
+        rows.append([name, "paper", *(f"{value:.1f}" for value in paper), f"{statistics.mean(paper):.1f}"])
+        for model in models:
+            found = [seeds_of(runs, task, model, system_of, key) for task in COLUMNS]
+            mean = f"{statistics.mean(statistics.median(s for s, _ in f) for f in found):.1f}" if all(found) else "not run"
+            rows.append(["", f"ours, {model}", *(cell(f, True) for f in found), mean])
+    table("Table 2. GLUE dev, median over seeds", [*NAMES.values(), "mean"], rows)
+    rows = []
+    for name, (_, _, paper) in SYSTEMS.items():
+        if paper:
+            rows += [[name, "paper", *(f"{value:.1f}" for value in paper), f"{statistics.mean(paper):.1f}"], ["", "ours", *["not run"] * 9]]
+    table("Table 3. GLUE test: scored by GLUE's server only; eval.py --submit writes what it takes", [*NAMES.values(), "mean"], rows)
+
+
+# ---- figures ----
+
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"      # Okabe and Ito: distinct to the colour-blind
+
+
+def plot(kind, device, data_dir, batch_size):
+    """One of the figures below, over the finished runs, as runs/KIND.png"""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise InputError("--plot: figures need matplotlib, which is not installed; pip install matplotlib") from None
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    runs = [(folder, dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)) for folder, settings, _ in finished_runs()]
+    figure = {"q": plot_q, "speedup": plot_speedup, "prior": plot_prior, "distribution": plot_distribution, "negations": plot_negations}[kind](
+        pyplot, runs, device, batch_size)
+    path = RUNS / f"{kind}.png"
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=150, bbox_inches="tight", format="png")
+    pyplot.close(figure)
+    print(path)
+
+
+def dev_outputs(folder, settings, device, batch_size, split=None):
+    """(model, inputs, labels, logits, lam) of a run on its first dev split, or on the split named"""
+    say(f"reading {folder}")
+    _, tokenizer, model = load_run(folder, device)
+    inputs, labels = read_split(settings, tokenizer, split or TASKS[settings.task].dev_splits[0])
+    return model, inputs, labels, *all_layers(model, inputs, batch_size)
+
+
+def chosen(runs, what, condition):
+    """Runs for a figure by (task, model), those that meet the condition; an error if there are none"""
+    panels = {}
+    for folder, settings in runs:
+        if condition(settings):
+            panels.setdefault((settings.task, Path(settings.model).name), []).append((folder, settings))
+    if not panels:
+        raise InputError(f"--plot: expected finished runs of {what} under {RUNS}/, found none; train.py makes them")
+    return dict(sorted(panels.items()))
+
+
+def axes_for(pyplot, panels, width=4, height=3.2):
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained")
+    for extra in axes.flat[len(panels):]:
+        extra.set_visible(False)
+    return figure, axes.flat
+
+
+def plot_q(pyplot, runs, device, batch_size):
+    """Fig. 2: dev score against q, mean ± std over seeds"""
+    panels = chosen(runs, "palbert or pondernet", lambda settings: settings.has_lambda and settings.prior == 0.1)
+    figure, axes = axes_for(pyplot, panels)
+    for axis, ((task, model), members) in zip(axes, panels.items()):
+        for colour, marker, method in zip(COLOURS, MARKERS, ("palbert", "pondernet")):
+            curves = []
+            for folder, settings in members:
+                if settings.method == method:
+                    _, _, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
+                    curves.append([row["score"] for row in sweep(settings, "q", logits, lam, labels)])
+            if curves:
+                curves = torch.tensor(curves)
+                mean, std = curves.mean(0), curves.std(0) if len(curves) > 1 else torch.zeros(curves.shape[1])
+                axis.plot(SWEEPS["q"], mean, color=colour, marker=marker, markersize=3, label=f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+                axis.fill_between(SWEEPS["q"], mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=f"{NAMES.get(task, task)}, {model}", xlabel="threshold q", ylabel="dev score")
+        axis.legend(frameon=False)
+    return figure
+
+
+def plot_speedup(pyplot, runs, device, batch_size):
+    """Fig. 3: dev score against measured speed-up over full depth: Q-exit over q, patience over t, entropy over its threshold"""
+    panels = chosen(runs, "palbert or pabee", lambda settings: settings.method in ("palbert", "pabee", "finetune") and settings.seed == 0)
+    figure, axes = axes_for(pyplot, panels)
+    for axis, ((task, model_name), members) in zip(axes, panels.items()):
+        for folder, settings in members:
+            model, inputs, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
+            full, _ = timed(model, lambda: all_layers(model, inputs, batch_size))
+            if settings.method == "finetune":
+                axis.axhline(scores(task, logits[:, -1], labels)["score"], color="black", linewidth=1, linestyle="--", label="plain model")
+                continue
+            for exit in (exit for exit in settings.exits if exit in SWEEPS):
+                points = []
+                for value in SWEEPS[exit][::2]:
+                    there = dataclasses.replace(settings, **{exit: value})
+                    seconds, (outputs, _) = timed(model, lambda: predict_all(model, there, exit, inputs, batch_size))
+                    points.append((full / seconds, scores(task, outputs, labels)["score"]))
+                n = list(SWEEPS).index(exit)
+                axis.plot(*zip(*points), color=COLOURS[n], marker=MARKERS[n], markersize=4, label={"q": "PALBERT, Q-exit", "patience": "PABEE, patience", "entropy": "PABEE heads, entropy"}[exit])
+        axis.set(title=f"{NAMES.get(task, task)}, {model_name}", xlabel=f"measured speed-up over full depth (times), batch {batch_size}", ylabel="dev score")
+        axis.legend(frameon=False)
+    return figure
+
+
+def plot_prior(pyplot, runs, device, batch_size):
+    """Fig. 4: histogram of exit layers by the prior's lambda, with the scores below"""
+    panels = chosen(runs, "palbert", lambda settings: settings.method == "palbert")
+    figure, axes = axes_for(pyplot, panels, width=5)
+    for axis, ((task, model), members) in zip(axes, panels.items()):
+        by_prior = {}
+        for folder, settings in members:
+            _, _, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
+            outputs, layers = leave("q", settings, logits, lam)
+            by_prior.setdefault(settings.prior, []).append((torch.bincount(layers, minlength=lam.shape[1] + 1)[1:] / len(layers), scores(task, outputs, labels)["score"]))
+        for n, (prior, found) in enumerate(sorted(by_prior.items())):
+            share = torch.stack([histogram for histogram, _ in found]).mean(0)
+            width = 0.8 / len(by_prior)
+            axis.bar(torch.arange(1, len(share) + 1) - 0.4 + (n + 0.5) * width, 100 * share, width, color=COLOURS[n % 6],
+                     label=f"λ {prior:g}: {statistics.mean(score for _, score in found):.1f}")
+        axis.set(title=f"{NAMES.get(task, task)}, {model}", xlabel="exit layer", ylabel="share of dev rows (%)", xticks=range(1, lam.shape[1] + 1))
+        axis.legend(frameon=False, title="prior, dev score", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure
+
+
+def plot_distribution(pyplot, runs, device, batch_size):
+    """Fig. 5: mean p(i|x) over the training set, by task"""
+    panels = chosen(runs, "palbert", lambda settings: settings.method == "palbert" and settings.seed == 0 and settings.prior == 0.1)
+    figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for n, ((task, model), ((folder, settings), *_)) in enumerate(panels.items()):
+        *_, lam = dev_outputs(folder, settings, device, batch_size, split="train")
+        p = exit_distribution(lam).mean(0)
+        axis.plot(range(1, len(p) + 1), p, color=COLOURS[n % 6], marker=MARKERS[n % 6], label=f"{NAMES.get(task, task)}, {model}")
+    axis.set(xlabel="layer i", ylabel="mean p(i|x) over the training set", xticks=range(1, len(p) + 1))
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_negations(pyplot, runs, device, batch_size):
+    """parity: accuracy and exit layer by the number of nested negations"""
+    members = chosen(runs, "palbert on parity", lambda settings: settings.task == "parity" and settings.method == "palbert")
+    folder, settings = next(iter(members.values()))[-1]
+    _, _, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
+    outputs, layers = leave("q", settings, logits, lam)
+    k = torch.tensor([negations(example.text_b) for example in load("parity", "dev")])
+    groups = k.unique().tolist()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.boxplot([layers[k == n].numpy() for n in groups], tick_labels=[str(n) for n in groups], medianprops={"color": COLOURS[1], "linewidth": 2})
+    left.set(xlabel="nested negations in the second sentence", ylabel=f"exit layer, Q-exit at {settings.q:g}", ylim=(0.5, lam.shape[1] + 0.5))
+    right_at = (logits.argmax(2) == torch.tensor(labels)[:, None]).float()
+    for n, colour, marker in zip(groups, COLOURS * 2, MARKERS * 2):
+        right.plot(range(1, lam.shape[1] + 1), 100 * right_at[k == n].mean(0), color=colour, marker=marker, markersize=4, label=f"{n} negation{'s' * (n != 1)}")
+    right.set(xlabel="layer", ylabel="accuracy of that layer (%)", xticks=range(1, lam.shape[1] + 1), ylim=(0, 103))
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+# ---- the command ----
+
+def main(argv=None):
+    parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run", help="name or folder of the run (default: the newest)")
+    parser.add_argument("--q", type=float, help="threshold of Q-exit, above 0 and up to 1 (default: the run's)")
+    parser.add_argument("--patience", type=int, help="PABEE's t, from 1 (default: the run's)")
+    parser.add_argument("--entropy", type=float, help="threshold of entropy exit in nats, above 0 (default: the run's)")
+    parser.add_argument("--exit", choices=EXITS, help="the exit that --json, --text and --sweep speak of (default: the run's own, or the one whose threshold is given)")
+    parser.add_argument("--split", default="dev", help="the split, e.g. dev, test or train (default: dev; for MNLI dev and test mean both)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows computed together, from 1 (default: 32)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--data-dir", help="folder with the GLUE files (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    parser.add_argument("--text", metavar="A", help="explain one input")
+    parser.add_argument("--text-b", metavar="B", help="its second text, for tasks of pairs")
+    parser.add_argument("--sweep", action="store_true", help="score, mean layer and speed-up for every q (or patience, or entropy)")
+    parser.add_argument("--table", action="store_true", help="Tables 1 to 3 of the paper in Markdown, with all runs under runs/")
+    parser.add_argument("--plot", choices=("q", "speedup", "prior", "distribution", "negations"), help="draw a figure over all runs under runs/")
+    parser.add_argument("--submit", metavar="FILE.zip", help="write the zip for GLUE's server from the best run of each task")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: expected a whole number from 1")
+    device = choose_device(args.device)
+    if args.table:
+        return print_tables()
+    if args.plot:
+        return plot(args.plot, device, args.data_dir, args.batch_size)
+    if args.submit:
+        return submit(Path(args.submit), device, args.data_dir, args.batch_size)
+    settings, tokenizer, model = load_run(find_run(args.run), device)
+    given = {name: getattr(args, name) for name in ("q", "patience", "entropy", "data_dir") if getattr(args, name) is not None}
+    settings = dataclasses.replace(settings, **given)
+    exit = args.exit or next((name for name in ("q", "patience", "entropy") if name in given), settings.exit)
+    if exit not in settings.exits:
+        raise InputError(f"--exit {exit}: a run of {settings.method} on {settings.task} exits by {', '.join(settings.exits)}")
+    if args.text is not None:
+        explain(model, settings, tokenizer, exit, args.text, args.text_b)
+    elif args.sweep:
+        print_sweep(model, settings, tokenizer, exit, args.split, args.batch_size, args.json)
+    else:
+        report(model, settings, tokenizer, exit, args.split, args.batch_size, args.json)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,222 @@
+"""The RoBERTa encoder (Liu et al. 2019): L Transformer layers, each with weights of its own.
+
+The same contract as albert.py, so that ponder.py takes either. B batch, T tokens, H hidden, L layers, as in ponder.py.
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import InputError, assign, cache_dir, download, load_weights, read_json
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """Sizes of a RoBERTa, named as in config.json; the defaults are roberta-base's. Dropout rates are left out, as in AlbertConfig."""
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"              # "gelu" is the exact form with erf, "gelu_new" the tanh one
+    max_position_embeddings: int = 514    # pad_token_id + 1 of them are no token's, so 512 tokens
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.type if isinstance(field.type, type) else type(field.default)
+            least = 0 if field.name == "pad_token_id" else 1
+            if type(value) is not wanted or wanted is int and not least <= value < 2**24 or wanted is float and not 0 < value < 1:
+                raise InputError(f"RoBERTa config: {field.name} = {value!r} is not usable; expected "
+                                 f"{ {int: f'a whole number from {least}', float: 'a number between 0 and 1', str: 'a word'}[wanted]}")
+        if self.hidden_act not in ("gelu", "gelu_new"):
+            raise InputError(f"RoBERTa config: hidden_act = {self.hidden_act!r} is not known here; expected 'gelu' or 'gelu_new'")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(f"RoBERTa config: hidden_size = {self.hidden_size} is not a multiple of "
+                             f"num_attention_heads = {self.num_attention_heads}")
+        if self.pad_token_id >= min(self.vocab_size, self.max_position_embeddings - 1):
+            raise InputError(f"RoBERTa config: pad_token_id = {self.pad_token_id} is not below vocab_size = {self.vocab_size} "
+                             f"and max_position_embeddings - 1 = {self.max_position_embeddings - 1}")
+
+    @classmethod
+    def from_json(cls, values, source="config.json"):
+        """Config from the dict of a config.json; keys that would change the computation are an error."""
+        for key, only in MUST_BE.items():
+            if values.get(key, only) != only:
+                raise InputError(f"{source}: {key} = {values[key]!r} asks for a computation that is not built here; expected {only!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+
+# Keys of config.json that would change the computation, with the one value that is computed here.
+MUST_BE = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
+SIZES = {
+    "roberta-base": RobertaConfig(),
+    "roberta-large": RobertaConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24),
+}
+
+HUB = "https://huggingface.co/FacebookAI/{name}/resolve/main/{file}"
+SHA256 = {
+    "roberta-base/model.safetensors": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
+    # Both sizes have the same vocabulary, GPT-2's.
+    "vocab.json": "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+class Block(nn.Module):
+    """One Transformer layer, as in albert.py, and written again so that either file is read alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        H = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.approximate = "tanh" if config.hidden_act == "gelu_new" else "none"
+        self.qkv = nn.Linear(H, 3 * H)
+        self.attn_out = nn.Linear(H, H)
+        self.attn_norm = nn.LayerNorm(H, config.layer_norm_eps)
+        self.ffn_in = nn.Linear(H, config.intermediate_size)
+        self.ffn_out = nn.Linear(config.intermediate_size, H)
+        self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
+
+    def split(self, x):
+        """(B,T,nH) -> n tensors (B,heads,T,H/heads)"""
+        B, T, nH = x.shape
+        H = self.attn_out.in_features
+        return x.view(B, T, nH // H, self.heads, H // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
+    def attend(self, h, q, k, v, mask):
+        """The layer's output for the tokens h (B,S,H) with queries q, over all keys and values."""
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])        # (B,heads,S,d)
+        h = self.attn_norm(h + self.attn_out(a.transpose(1, 2).flatten(2)))                 # (B,S,H)
+        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (B,S,F)
+        return self.ffn_norm(h + self.ffn_out(f))                                           # (B,S,H)
+
+    def attend_from(self, h, kv, mask):
+        """The layer's output for the tokens h (B,S,H), given the keys and values of all tokens, kv (B,T,2H)."""
+        H = h.shape[-1]
+        q, = self.split(F.linear(h, self.qkv.weight[:H], self.qkv.bias[:H]))                # (B,heads,S,d)
+        return self.attend(h, q, *self.split(kv), mask)
+
+
+class Roberta(nn.Module):
+    """Encoder without a head. Positions count the tokens that are not padding, from pad_id + 1 on."""
+
+    shared = False    # layer(i, ...) is another function for every i
+
+    def __init__(self, config):
+        super().__init__()
+        H = config.hidden_size
+        self.config = config
+        self.num_layers, self.hidden_size, self.pad_id = config.num_hidden_layers, H, config.pad_token_id
+        self.words = nn.Embedding(config.vocab_size, H)
+        self.positions = nn.Embedding(config.max_position_embeddings, H)
+        self.types = nn.Embedding(config.type_vocab_size, H)
+        self.norm = nn.LayerNorm(H, config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(H, H)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def embed(self, ids, segments):
+        """ids (B,T) int64, segments (B,T) int64, all 0 where type_vocab_size is 1 -> h_0 (B,T,H); too many tokens: ValueError"""
+        T, longest = ids.shape[1], self.config.max_position_embeddings - self.pad_id - 1
+        if T > longest:
+            raise ValueError(f"{T} tokens, but this encoder has {longest} positions")
+        real = ids != self.pad_id                                                           # (B,T)
+        positions = real.cumsum(1) * real + self.pad_id                                     # (B,T)
+        return self.norm(self.words(ids) + self.types(segments) + self.positions(positions))    # (B,T,H)
+
+    def layer(self, i, h, mask):
+        """h_{i-1} (B,T,H), mask (B,T) bool, True = a real token -> h_i (B,T,H), for 1 <= i <= L"""
+        block = self.blocks[i - 1]
+        return block.attend(h, *block.split(block.qkv(h)), mask)
+
+    def first(self, i, h, mask):
+        """h_i of the first token alone (B,1,H), and kv (B,T,2H), which finish() takes for the other tokens"""
+        block, H = self.blocks[i - 1], h.shape[-1]
+        kv = F.linear(h, block.qkv.weight[H:], block.qkv.bias[H:])                          # (B,T,2H)
+        return block.attend_from(h[:, :1], kv, mask), kv
+
+    def finish(self, i, h, mask, cls, kv):
+        """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
+        return torch.cat([cls, self.blocks[i - 1].attend_from(h[:, 1:], kv, mask)], dim=1)
+
+    def pool(self, h):
+        """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""
+        return torch.tanh(self.pooler(h[:, 0]))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """Encoder with published weights: a hub name (see SIZES) or a folder in the hub's form. Every tensor of the file is used
+        once, left out by name below, or an InputError that names it. A file without a pooler leaves ours freshly initialised."""
+        folder = fetch(name_or_path)
+        weights, kind = load_weights(folder)
+        if kind == "tensorflow":
+            raise InputError(f"{folder}: RoBERTa's weights are read from model.safetensors or pytorch_model.bin, not from TensorFlow")
+        folder = folder if folder.is_dir() else folder.parent
+        config = RobertaConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+        named = {name.removeprefix("roberta."): tensor for name, tensor in weights.items()}
+        if len(named) < len(weights):
+            raise InputError(f"{folder}: two tensors of the same name, with and without 'roberta.'")
+        if config.num_hidden_layers > len(named):
+            raise InputError(f"{folder}: config.json asks for {config.num_hidden_layers} layers, the weights are {len(named)} tensors")
+        optional = () if any(name.startswith("pooler.") for name in named) else ("pooler.weight", "pooler.bias")
+        with torch.device("meta"):    # no memory for what config.json only claims: the shapes are checked first
+            assign(cls(config), named, name_table(config), LEFT_OUT, str(folder), optional)
+        model = cls(config)
+        if assign(model, named, name_table(config), LEFT_OUT, str(folder), optional):
+            print(f"{folder}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
+        return model
+
+
+def fetch(name_or_path):
+    """Path of a folder with config, weights and tokenizer; a hub name is downloaded to the cache."""
+    path, name = Path(name_or_path), str(name_or_path).removeprefix("FacebookAI/")
+    if name in SIZES and not os.path.exists(path):
+        folder = cache_dir() / name
+        for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+            download(HUB.format(name=name, file=file), folder / file, sha256=SHA256.get(f"{name}/{file}", SHA256.get(file)))
+        return folder
+    if not os.path.exists(path):
+        raise InputError(f"model {str(name_or_path)!r} is neither a folder nor a known name; known are {', '.join(SIZES)}")
+    return path
+
+
+# ---- the names of weights, ours against the hub's ----
+
+LEFT_OUT = [r"embeddings\.position_ids", r"lm_head\..*", r"classifier\..*"]    # a buffer and the hub's heads
+
+
+def name_table(config):
+    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""
+    table = {"words.weight": ["embeddings.word_embeddings.weight"],
+             "positions.weight": ["embeddings.position_embeddings.weight"],
+             "types.weight": ["embeddings.token_type_embeddings.weight"]}
+    modules = {"norm": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
+    for i in range(config.num_hidden_layers):
+        ours, hub = f"blocks.{i}", f"encoder.layer.{i}"
+        modules |= {f"{ours}.qkv": [f"{hub}.attention.self.{name}" for name in ("query", "key", "value")],
+                    f"{ours}.attn_out": [f"{hub}.attention.output.dense"],
+                    f"{ours}.attn_norm": [f"{hub}.attention.output.LayerNorm"],
+                    f"{ours}.ffn_in": [f"{hub}.intermediate.dense"],
+                    f"{ours}.ffn_out": [f"{hub}.output.dense"],
+                    f"{ours}.ffn_norm": [f"{hub}.output.LayerNorm"]}
+    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names] for ours, names in modules.items() for part in ("weight", "bias")}
