@@ -83,8 +83,10 @@ SIZES = {
     "albert-base-v1": AlbertConfig(hidden_act="gelu"), "albert-large-v1": AlbertConfig(hidden_act="gelu", **_large),
     "albert-xlarge-v1": AlbertConfig(hidden_act="gelu", **_xlarge), "albert-xxlarge-v1": AlbertConfig(hidden_act="gelu", **_xxlarge),
     # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
-    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4, intermediate_size=256),
-    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4, intermediate_size=512),
+    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4, intermediate_size=256,
+                         initializer_range=0.05),
+    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4, intermediate_size=512,
+                         initializer_range=0.05),
 }
 
 HUB = "https://huggingface.co/albert/{name}/resolve/main/{file}"

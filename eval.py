@@ -10,6 +10,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import InputError, atomic_write
-from glue import TASKS, load, negations, write_submission
+from glue import TASKS, buckets, load, negations, write_submission
 from ponder import exit_distribution, exit_layers, pad
 from train import (EXITS, RUNS, Parser, all_layers, choose_device, find_run, leave, load_run, make_rule, precision, read_run, read_split,
                    run_main, say, scores)
@@ -180,6 +181,112 @@ def print_sweep(model, settings, tokenizer, exit, split, batch_size, as_json):
     print(f"{exit:>9} {'score':>6} {'mean layer':>11} {'speed-up':>9}")
     for row in rows:
         print(f"{row[exit]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x{'  <- best' if row is best else ''}")
+
+
+# ---- speed ----
+
+def full_depth(model, inputs, batch_size):
+    """The plain way: every layer whole, then the pool and the classifier; logits (N,C) in the order of the batches"""
+    L, outputs = model.num_layers, []
+    for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
+        ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, next(model.parameters()).device)
+        h = model.encoder.embed(ids, segments)
+        for i in range(1, L + 1):
+            h = model.encoder.layer(i, h, mask)
+        pooled = model.encoder.pool(h)
+        outputs.append(model.heads(torch.full((len(batch),), L, device=ids.device), pooled, pooled)[0])
+    return torch.cat(outputs)
+
+
+def released_way(model, inputs, layers, length=128):
+    """The released code's inference: one row at a time, padded to 128, layer by layer with the heads after each, up to its exit"""
+    outputs = []
+    for (ids, segments), last in zip(inputs, layers.tolist()):
+        ids, mask, segments = pad([(ids, segments)], model.encoder, next(model.parameters()).device, length)
+        h = model.encoder.embed(ids, segments)
+        previous = h.new_zeros(1, h.shape[2])
+        for i in range(1, last + 1):
+            h = model.encoder.layer(i, h, mask)
+            pooled = model.encoder.pool(h)
+            logits, _ = model.heads(torch.tensor([i], device=ids.device), pooled, previous)
+            previous = pooled
+        outputs.append(logits)
+    return torch.cat(outputs)
+
+
+def peak_memory(device, work):
+    """Peak bytes of work() above what was held before: of the GPU, or of this process where Linux can reset its high-water mark"""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        high_water = lambda key: int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        before = high_water("VmRSS")
+        work()
+        return high_water("VmHWM") - before
+    except OSError:
+        return None
+
+
+def flops(model, B, T, device):
+    """Achieved FLOP/s of one layer on (B,T) and of a matrix product of its widest shape, measured in turn"""
+    H = model.encoder.hidden_size
+    F = model.encoder.config.intermediate_size
+    h, mask = torch.randn(B, T, H, device=device), torch.ones(B, T, dtype=torch.bool, device=device)
+    x, w = torch.randn(B * T, H, device=device), torch.randn(H, F, device=device)
+    work = [(lambda: model.encoder.layer(1, h, mask), 2 * B * T * (4 * H * H + 2 * H * F) + 4 * B * T * T * H), (lambda: x @ w, 2 * B * T * H * F)]
+    times = [[], []]
+    for _ in range(20):
+        for n, (function, _) in enumerate(work):
+            times[n].append(timed(model, function)[0])
+    return [operations / statistics.median(seconds) for (_, operations), seconds in zip(work, times)]
+
+
+@torch.no_grad()
+def bench(model, settings, tokenizer, exit, split, rows=256, rounds=5):
+    """Examples per second by batch size, every way in turn within one process: medians of several rounds"""
+    device, L = next(model.parameters()).device, model.num_layers
+    inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
+    picked = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows].tolist()
+    inputs = [inputs[row] for row in sorted(picked)]
+    length = statistics.mean(len(ids) for ids, _ in inputs)
+    rule = lambda: make_rule(exit, settings, L)
+
+    def early(batch_size, first_tokens=None, depthwise=False):
+        model.first_tokens = first_tokens if first_tokens is not None else type(model).first_tokens
+        with precision(device):
+            return model.predict_many(inputs, rule(), batch_size, depthwise)
+
+    with precision(device):
+        _, layers = early(32)
+        mean_layer = layers.float().mean().item()
+        layer_rate, product_rate = flops(model, 32, round(length), device)
+    print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, {exit} exit at layer {mean_layer:.2f} of {L}; "
+          f"PyTorch {torch.__version__}, {device.type} {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}, "
+          f"{'bf16' if precision(device)._enabled else 'float32'}")
+    print(f"one layer {layer_rate / 1e9:.0f} GFLOP/s, a matrix product {product_rate / 1e9:.0f} GFLOP/s\n")
+    print("| batch | way | examples/s | against full depth | over L / mean layer | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
+    for batch_size in (1, 8, 32, 128):
+        ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
+                "rows dropped": lambda: early(batch_size, 10**9), "decided first": lambda: early(batch_size, 0), "as predict_many chooses": lambda: early(batch_size)}
+        if model.encoder.shared:
+            ways["depth-wise"] = lambda: early(batch_size, depthwise=True)
+        if batch_size == 1:
+            ways["padded to 128, as released"] = lambda: released_way(model, inputs, layers)
+        seconds = {way: [] for way in ways}
+        with precision(device):
+            memory = {way: peak_memory(device, work) for way, work in ways.items()}     # and warms up
+            for _ in range(rounds):
+                for way, work in ways.items():
+                    seconds[way].append(timed(model, work)[0])
+        median = {way: statistics.median(values) for way, values in seconds.items()}
+        for way in ways:
+            ratio = median["full depth"] / median[way]
+            print(f"| {batch_size} | {way} | {len(inputs) / median[way]:.1f} | {ratio:.2f} | {ratio / (L / mean_layer) if way != 'full depth' else 1:.2f} | "
+                  f"{'-' if memory[way] is None else round(memory[way] / 2**20)} |", flush=True)
 
 
 # ---- all runs: tables, submission ----
@@ -470,6 +577,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
     parser.add_argument("--text", metavar="A", help="explain one input")
     parser.add_argument("--text-b", metavar="B", help="its second text, for tasks of pairs")
+    parser.add_argument("--bench", action="store_true", help="examples per second of every way of inference, by batch size")
     parser.add_argument("--sweep", action="store_true", help="score, mean layer and speed-up for every q (or patience, or entropy)")
     parser.add_argument("--table", action="store_true", help="Tables 1 to 3 of the paper in Markdown, with all runs under runs/")
     parser.add_argument("--plot", choices=("q", "speedup", "prior", "distribution", "negations"), help="draw a figure over all runs under runs/")
@@ -492,6 +600,8 @@ def main(argv=None):
         raise InputError(f"--exit {exit}: a run of {settings.method} on {settings.task} exits by {', '.join(settings.exits)}")
     if args.text is not None:
         explain(model, settings, tokenizer, exit, args.text, args.text_b)
+    elif args.bench:
+        bench(model, settings, tokenizer, exit, args.split)
     elif args.sweep:
         print_sweep(model, settings, tokenizer, exit, args.split, args.batch_size, args.json)
     else:

@@ -231,6 +231,8 @@ class Ponder(nn.Module):
     (PABEE). Without a Lambda head lam is 0, so that p sits on L: that is the plain model.
     """
 
+    first_tokens = 256      # B * T from which deciding before finishing a layer pays; measured on a CPU (README, "Speed")
+
     def __init__(self, encoder, num_labels, num_layers=None, lambda_layers=3, concat=True, per_layer=False, prior=0.1, dropout=0.1):
         super().__init__()
         self.encoder, self.num_labels, self.dropout = encoder, num_labels, dropout
@@ -311,7 +313,7 @@ class Ponder(nn.Module):
         h = self.encoder.embed(ids, segments)                       # (B,T,H)
         previous = h.new_zeros(len(rows), h.shape[2])               # (B,H) pooled h_{i-1}
         for i in range(1, self.num_layers + 1):
-            first = self.can_decide_first and (i == self.num_layers or h.shape[0] * h.shape[1] >= FIRST_TOKENS)
+            first = self.can_decide_first and (i == self.num_layers or h.shape[0] * h.shape[1] >= self.first_tokens)
             if first:
                 cls, kv = self.encoder.first(i, h, mask)            # (B,1,H); the rule reads no other token
             else:
@@ -372,9 +374,6 @@ class Ponder(nn.Module):
                 rows, at, h, mask, previous, state = rows[keep], at[keep], h[keep], mask[keep], previous[keep], tuple(s[keep] for s in state)
             longest = max((len(inputs[row][0]) for row in batch), default=0)
             h, mask = h[:, :longest], mask[:, :longest]
-
-
-FIRST_TOKENS = 256   # B * T from which deciding before finishing the layer pays, measured on a CPU (README, "Speed")
 
 
 def pad(inputs, encoder, device, length=None):

@@ -388,7 +388,7 @@ RULES = {"q 0.1": lambda: QExit(0.1), "q 0.5": lambda: QExit(0.5), "q 0.9": lamb
 def test_predict_equals_the_rule_on_forward_at_any_batch_and_padding(kind, rule, first_tokens, monkeypatch):
     if kind == "regression" and rule == "entropy":
         return                                      # an error, tested above
-    monkeypatch.setattr(ponder, "FIRST_TOKENS", first_tokens)
+    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
     model = make(labels=1 if kind == "regression" else 3, encoder=ROBERTA_CONFIG if kind == "roberta" else ALBERT_CONFIG,
                  per_layer=kind == "pabee", lambda_layers=0 if kind == "pabee" else 3)
     inputs = rows(64)
@@ -432,7 +432,7 @@ class Counting(Albert):
 
 @pytest.mark.parametrize("first_tokens", [1, 10**9])
 def test_predict_computes_no_layer_for_a_row_that_has_left(first_tokens, monkeypatch):
-    monkeypatch.setattr(ponder, "FIRST_TOKENS", first_tokens)
+    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
     model = make()
     counting = Counting(ALBERT_CONFIG)
     counting.load_state_dict(model.encoder.state_dict())
@@ -1511,12 +1511,14 @@ def symbols_of(word, symbols):
 
 
 def albert_oracle(folder):
-    transformers = pytest.importorskip("transformers", reason="requirements-dev.txt names it")
+    import transformers
+
     return transformers.AlbertTokenizer(str(folder / "spiece.model"))
 
 
 def roberta_oracle(folder):
-    transformers = pytest.importorskip("transformers", reason="requirements-dev.txt names it")
+    import transformers
+
     return transformers.RobertaTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
@@ -2028,8 +2030,9 @@ def test_wrong_names_and_missing_files_are_one_sentence_that_lists_what_there_is
             glue.load(task, split, tmp_path)
     with pytest.raises(InputError, match=r"RTE/dev\.tsv.*--data-dir.*network"):
         glue.load("rte", "dev", tmp_path)
-    with pytest.raises(InputError, match="--data-dir"):
-        glue.load("rte", "dev", tmp_path / "none")
+    for folder in (tmp_path / "none", "x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="--data-dir"):
+            glue.load("rte", "dev", folder)
     assert glue.sources("rte", tmp_path) == []
 
 

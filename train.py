@@ -68,7 +68,7 @@ METHODS = {                                             # what each preset chang
     "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
 }
 SCRATCH = {                                             # this project's own settings for what is trained from scratch
-    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.1, "epochs": 1, "warmup": 50, "clip": 1.0},
+    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.1, "prior": 0.25, "dropout": 0.0, "epochs": 2, "warmup": 100, "clip": 1.0},
     "mini": {"lr": 3e-4, "lambda_lr": 3e-4, "batch_size": 64, "epochs": 5, "warmup": 200, "clip": 1.0},
 }
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}      # Table 4
@@ -226,7 +226,7 @@ def make_model(settings, folder, train_examples):
         tokenizer = load_tokenizer(source)
         torch.manual_seed(settings.seed)
         encoder = (module.Roberta if module is roberta else module.Albert).from_pretrained(settings.model)
-        tokenizer.save(folder)
+        fitting(tokenizer, encoder, source).save(folder)
     config = {"model_type": "roberta" if module is roberta else "albert", **dataclasses.asdict(encoder.config)}
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length {settings.max_length}: {settings.model} has positions for {encoder.max_length} tokens")
@@ -242,12 +242,24 @@ def open_run(folder, settings):
         encoder = roberta.Roberta(roberta.RobertaConfig.from_json(values, source))
     else:
         encoder = albert.Albert(albert.AlbertConfig.from_json(values, source))
-    return load_tokenizer(folder), make_ponder(encoder, settings)
+    return fitting(load_tokenizer(folder), encoder, folder), make_ponder(encoder, settings)
+
+
+def fitting(tokenizer, encoder, source):
+    """The tokenizer, if the encoder has an embedding for each of its ids"""
+    if tokenizer.vocab_size > encoder.config.vocab_size:
+        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, but the model has embeddings for {encoder.config.vocab_size}; "
+                         "they belong to different models")
+    return tokenizer
 
 
 def load_run(folder, device):
     """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode on the device"""
-    settings = read_run(folder)[0]
+    folder = Path(folder)
+    settings, values = read_run(folder)
+    for name, digest in values.get("files", {}).items():
+        if sha256_file(folder / name) != digest:
+            raise InputError(f"{folder / name}: is not the file that this run ended with (its sha256 differs); get a whole copy or train again")
     tokenizer, model = open_run(folder, settings)
     load_state(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
     return settings, tokenizer, model.to(device).eval()
@@ -549,7 +561,8 @@ def train(settings, folder):
     if rank == 0:
         load_state(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
         results, _ = evaluate(model, settings, dev, settings.exits)
-        write_json(folder / "run.json", read_run(folder)[1] | {"finished": True, "steps": at["step"], "epochs": at["epoch"], "dev": results})
+        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name not in ("run.json", "metrics.jsonl", "resume.pt")}
+        write_json(folder / "run.json", read_run(folder)[1] | {"finished": True, "steps": at["step"], "epochs": at["epoch"], "files": files, "dev": results})
         resume.unlink(missing_ok=True)
         return results
 
