@@ -322,11 +322,10 @@ class Ponder(nn.Module):
             pooled, at = self.encoder.pool(cls), torch.full_like(rows, i)
             logits, lam = self.heads(at, pooled, previous)          # (B,C), (B,)
             state, done = rule.step(state, at, lam, logits)
-            done = done | (at == self.num_layers)
-            go = (~done).nonzero()[:, 0]
-            if len(go) < len(rows):
-                yield rows[done], logits[done], at[done]
-                if len(go) == 0:
+            leave, go = split(done | (at == self.num_layers))
+            if len(leave):
+                yield rows[leave], logits[leave], at[leave]
+                if not len(go):
                     return
                 rows, h, mask, cls, pooled, state = rows[go], h[go], mask[go], cls[go], pooled[go], tuple(s[go] for s in state)
                 kv = kv[go] if first else None
@@ -386,6 +385,12 @@ def pad(inputs, encoder, device, length=None):
         packed, lengths = packed.pin_memory(), lengths.pin_memory()                         # so that the host need not wait
     ids, segments = packed.to(device, non_blocking=True).unbind(1)
     return ids, torch.arange(T, device=device) < lengths.to(device, non_blocking=True)[:, None], segments
+
+
+def split(done):
+    """done (B,) bool -> indices of the rows that are done, and of the others; the host waits for the device once"""
+    waited = done.tolist()
+    return [torch.tensor([b for b, stop in enumerate(waited) if stop is which], dtype=torch.int64, device=done.device) for which in (True, False)]
 
 
 def in_order(finished):
