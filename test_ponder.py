@@ -918,6 +918,45 @@ def test_damaged_run_folders_are_one_sentence(here, small_parity):
             evaluation.main(["--run", "good", "--device", "cpu"])
 
 
+def readme_commands():
+    """Every command of README.md that starts a file of ours, from blocks and tables, comments cut off"""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^(?:python (?:train|eval)\.py|torchrun .*? train\.py)[^\n#]*", text, re.M) + re.findall(r"`(python (?:train|eval)\.py[^`]*)`", text)
+    return sorted({command.strip() for command in found})
+
+
+def test_the_readmes_first_commands_run_word_for_word_but_for_max_steps(here, capsys):
+    commands = readme_commands()
+    first = ["python train.py", "python eval.py --q 0.5", 'python eval.py --text "the red cat sleeps" --text-b "it is false that the red cat sleeps"',
+             "python eval.py --sweep", "python eval.py --table"]
+    assert set(first) <= set(commands)
+    for command in first:
+        program, *flags = shlex.split(command)[1:]
+        if program == "train.py":
+            flags += ["--max-steps", "2"]
+        result = shell(HERE / program, *flags)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, command + result.stderr
+        assert program == "train.py" or result.stdout.strip()
+    assert all(word in shell(HERE / "eval.py", "--q", "0.5").stdout for word in ("q 0.5", "sample", "expectation", "mean layer"))
+
+
+def test_every_other_command_of_the_readme_has_flags_and_values_that_exist(here, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(train, "run", lambda settings_, name=None: parsed.append(settings_))
+    monkeypatch.setattr(train, "protocol", lambda given, *_: parsed.append(train.make_settings(**given)))
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cpu"))
+    eval_help = shell(HERE / "eval.py", "--help").stdout
+    for command in readme_commands():
+        words = shlex.split(command.replace("…", "").replace("FOLDER", str(here)).replace("--task T", "--task rte"))
+        if "train.py" in words and "--resume" not in words:
+            before = len(parsed)
+            train.main(words[words.index("train.py") + 1:])
+            assert len(parsed) == before + 1, command
+        elif "eval.py" in words:
+            assert all(f"{word} " in eval_help or f"{word}]" in eval_help for word in words if word.startswith("--")), command
+    assert len(parsed) > 10
+
+
 # ---- encoders: the same numbers as transformers, from every file form ----
 
 SMALL_ALBERT = AlbertConfig(vocab_size=50, embedding_size=12, hidden_size=24, num_hidden_layers=3, num_attention_heads=3,

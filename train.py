@@ -446,7 +446,7 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
 def train(settings, folder):
     """Train one run into its folder, or go on with it from its resume.pt; returns the results on dev by exit, as run.json keeps them."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = choose_device(settings.device) if world == 1 or settings.device else local_device()
+    device = local_device(choose_device(settings.device))
     task, started = TASKS[settings.task], time.time()
     examples = load(settings.task, "train", settings.data_dir)
     resume = folder / "resume.pt"
@@ -567,9 +567,12 @@ def train(settings, folder):
         return results
 
 
-def local_device():
-    """The device of this process among torchrun's: its own GPU, or the CPU."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+def local_device(device):
+    """The device of this process: its own GPU where torchrun started several on GPUs"""
+    if dist.is_initialized() and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 def say(text, rank=0):
@@ -681,20 +684,19 @@ def main(argv=None):
         return run(read_run(folder)[0], folder.name)
     if name and (seeds or grid):
         raise InputError("--name: runs of --seeds and --grid have names of their own")
-    choose_device(given.get("device"))
-    with processes():
+    with processes(choose_device(given.get("device"))):
         if seeds or grid:
             return protocol(given, seeds or 1, grid, dry_run)
         run(make_settings(**given), name)
 
 
 @contextlib.contextmanager
-def processes():
+def processes(device):
     """torch.distributed for as long as the block lasts, where torchrun started this process."""
     if "LOCAL_RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=4))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     try:
         yield
     finally:
