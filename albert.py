@@ -118,30 +118,33 @@ class Block(nn.Module):
         H = self.attn_out.in_features
         return x.view(B, T, nH // H, self.heads, H // self.heads).permute(2, 0, 3, 1, 4).unbind()
 
-    def attend(self, h, q, k, v, mask):
-        """The block's output for the tokens h (B,S,H) with queries q, over all keys and values."""
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])        # (B,heads,S,d)
-        h = self.attn_norm(h + self.attn_out(a.transpose(1, 2).flatten(2)))                 # (B,S,H)
+    def forward(self, h, mask):
+        q, k, v = self.split(self.qkv(h))                                                   # (B,heads,T,d) each
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])       # (B,heads,T,d)
+        return self.after(a.transpose(1, 2).flatten(2), h)                                  # (B,T,H)
+
+    def first(self, h, mask):
+        """The output for the first token alone (B,1,H), at the price of little more than its own row.
+
+        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and values of the other
+        tokens need not be computed. The keys' bias adds the same to every score, so softmax drops it.
+        """
+        B, _, H = h.shape
+        d = H // self.heads
+        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)                           # (heads,d,H) each
+        b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, d)
+        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                             # (heads,B,d)
+        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5                     # (B,heads,T)
+        a = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                             # (heads,B,d)
+        return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
+
+    def after(self, a, h):
+        """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward network, two norms"""
+        h = self.attn_norm(h + self.attn_out(a))                                            # (B,S,H)
         # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
         f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (B,S,F)
         return self.ffn_norm(h + self.ffn_out(f))                                           # (B,S,H)
-
-    def forward(self, h, mask):
-        return self.attend(h, *self.split(self.qkv(h)), mask)                               # (B,T,H)
-
-    def first(self, h, mask):
-        H = h.shape[-1]
-        kv = F.linear(h, self.qkv.weight[H:], self.qkv.bias[H:])                            # (B,T,2H)
-        return self.attend_from(h[:, :1], kv, mask), kv                                     # (B,1,H), (B,T,2H)
-
-    def finish(self, h, mask, cls, kv):
-        return torch.cat([cls, self.attend_from(h[:, 1:], kv, mask)], dim=1)                # (B,T,H)
-
-    def attend_from(self, h, kv, mask):
-        """The block's output for the tokens h (B,S,H), given the keys and values of all tokens, kv (B,T,2H)."""
-        H = h.shape[-1]
-        q, = self.split(F.linear(h, self.qkv.weight[:H], self.qkv.bias[:H]))                # (B,heads,S,d)
-        return self.attend(h, q, *self.split(kv), mask)
 
 
 class Albert(nn.Module):
@@ -190,12 +193,12 @@ class Albert(nn.Module):
         return h
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), and kv (B,T,2H), which finish() takes for the other tokens"""
-        return self.blocks(i)[0].first(h, mask)
+        """h_i of the first token alone (B,1,H), and what finish() takes of it besides: kv (B,0), for nothing is worth keeping"""
+        return self.blocks(i)[0].first(h, mask), h.new_empty(len(h), 0)
 
     def finish(self, i, h, mask, cls, kv):
         """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
-        return self.blocks(i)[0].finish(h, mask, cls, kv)
+        return self.layer(i, h, mask)
 
     def pool(self, h):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""

@@ -231,7 +231,7 @@ class Ponder(nn.Module):
     (PABEE). Without a Lambda head lam is 0, so that p sits on L: that is the plain model.
     """
 
-    first_tokens = 256      # B * T from which deciding before finishing a layer pays; measured on a CPU (README, "Speed")
+    first_tokens = 384      # B * T from which deciding before finishing a layer pays; measured on a CPU (README, "Speed")
 
     def __init__(self, encoder, num_labels, num_layers=None, lambda_layers=3, concat=True, per_layer=False, prior=0.1, dropout=0.1):
         super().__init__()
@@ -283,7 +283,7 @@ class Ponder(nn.Module):
         """Early exit for real: computes a layer only for the rows that the rule lets go on -> logits (B,C), layers (B,) in 1..L"""
         state = rule.start(len(ids), self.num_layers, ids.device)
         rows = torch.arange(len(ids), device=ids.device)
-        return in_order(self.descend(rows, ids, mask, segments, rule, state))
+        return in_order(self.descend(rows, ids, mask, segments, rule, state, len(ids)))
 
     @torch.no_grad()
     def predict_many(self, inputs, rule, batch_size=32, depthwise=False):
@@ -301,15 +301,16 @@ class Ponder(nn.Module):
             return torch.empty(0, self.num_labels, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if depthwise:
             return in_order(self.stream(order, inputs, rule, state, batch_size))
-        finished = []
-        for n in range(0, len(order), batch_size):
-            rows = torch.tensor(order[n:n + batch_size], device=device)
-            batch = pad([inputs[row] for row in order[n:n + batch_size]], self.encoder, device)
-            finished += self.descend(rows, *batch, rule, tuple(s[rows] for s in state))
+        finished, pool = [], max(batch_size, min(4 * batch_size, 32))   # rows that go down together, so that few are left alone
+        for n in range(0, len(order), pool):
+            rows = torch.tensor(order[n:n + pool], device=device)
+            batch = pad([inputs[row] for row in order[n:n + pool]], self.encoder, device)
+            finished += self.descend(rows, *batch, rule, tuple(s[rows] for s in state), batch_size)
         return in_order(finished)
 
-    def descend(self, rows, ids, mask, segments, rule, state):
-        """One batch that shrinks as its rows exit; yields for those that do: rows (n,), logits (n,C), layers (n,)"""
+    def descend(self, rows, ids, mask, segments, rule, state, batch_size):
+        """Rows (B,) that go down the layers together, and leave as they exit; whole layers are computed for at most batch_size of them
+        at a time. Yields for those that exit: rows (n,), logits (n,C), layers (n,)"""
         h = self.encoder.embed(ids, segments)                       # (B,T,H)
         previous = h.new_zeros(len(rows), h.shape[2])               # (B,H) pooled h_{i-1}
         for i in range(1, self.num_layers + 1):
@@ -317,7 +318,7 @@ class Ponder(nn.Module):
             if first:
                 cls, kv = self.encoder.first(i, h, mask)            # (B,1,H); the rule reads no other token
             else:
-                h = self.encoder.layer(i, h, mask)                  # (B,T,H)
+                h = in_chunks(lambda *chunk: self.encoder.layer(i, *chunk), batch_size, h, mask)            # (B,T,H)
                 cls, kv = h[:, :1], None
             pooled, at = self.encoder.pool(cls), torch.full_like(rows, i)
             logits, lam = self.heads(at, pooled, previous)          # (B,C), (B,)
@@ -330,7 +331,7 @@ class Ponder(nn.Module):
                 rows, h, mask, cls, pooled, state = rows[go], h[go], mask[go], cls[go], pooled[go], tuple(s[go] for s in state)
                 kv = kv[go] if first else None
             if first:
-                h = self.encoder.finish(i, h, mask, cls, kv)        # (B,T,H)
+                h = in_chunks(lambda *chunk: self.encoder.finish(i, *chunk), batch_size, h, mask, cls, kv)  # (B,T,H)
             previous = pooled
 
     def stream(self, order, inputs, rule, states, batch_size):
@@ -385,6 +386,20 @@ def pad(inputs, encoder, device, length=None):
         packed, lengths = packed.pin_memory(), lengths.pin_memory()                         # so that the host need not wait
     ids, segments = packed.to(device, non_blocking=True).unbind(1)
     return ids, torch.arange(T, device=device) < lengths.to(device, non_blocking=True)[:, None], segments
+
+
+def in_chunks(function, batch_size, h, *others):
+    """function(h (B,T,H), others (B,...)) -> (B,T,H), over chunks of even size of at most batch_size rows; on a CPU also of at most
+    CHUNK_TOKENS tokens, so that what a layer computes stays in its caches"""
+    if h.device.type == "cpu":
+        batch_size = min(batch_size, max(1, CHUNK_TOKENS // h.shape[1]))
+    n = -(-len(h) // batch_size)
+    if n == 1:
+        return function(h, *others)
+    return torch.cat([function(*chunk) for chunk in zip(*(x.tensor_split(n) for x in (h, *others)))])
+
+
+CHUNK_TOKENS = 1024
 
 
 def split(done):
