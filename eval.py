@@ -21,7 +21,7 @@ import torch
 from checkpoint import InputError, atomic_write
 from glue import TASKS, buckets, load, negations, write_submission
 from ponder import exit_distribution, exit_layers, pad
-from train import (EXITS, RUNS, Parser, all_layers, choose_device, find_run, leave, load_run, make_rule, precision, read_run, read_split,
+from train import (EXITS, RUNS, Parser, all_layers, choose_device, find_run, leave, load_run, make_rule, make_settings, precision, read_run, read_split,
                    run_main, say, scores)
 
 
@@ -365,11 +365,15 @@ def seeds_of(runs, task, model, identify, key):
     """The runs of one cell: of those with this key, the settings with the most seeds, or the best mean among equals"""
     groups = {}
     for folder, settings, dev in runs:
-        plain = settings.prior == 0.1 and settings.max_steps is None
-        if plain and (settings.task, Path(settings.model).name) == (task, model) and identify(folder, settings) == key:
+        if usual_prior(settings) and settings.max_steps is None and (settings.task, Path(settings.model).name) == (task, model) and identify(folder, settings) == key:
             result = dev[settings.exit]
             groups.setdefault(dataclasses.replace(settings, seed=0, data_dir=None, device=None), []).append((result["score"], result["mean_layer"]))
     return max(groups.values(), key=lambda g: (len(g), statistics.mean(score for score, _ in g)), default=[])
+
+
+def usual_prior(settings):
+    """Whether the run has the prior of its method and model, and is not part of a study of priors"""
+    return settings.prior == make_settings(task=settings.task, model=settings.model, method=settings.method).prior
 
 
 def cell(found, median):
@@ -466,7 +470,7 @@ def axes_for(pyplot, panels, width=4, height=3.2):
 
 def plot_q(pyplot, runs, device, batch_size):
     """Fig. 2: dev score against q, mean ± std over seeds"""
-    panels = chosen(runs, "palbert or pondernet", lambda settings: settings.has_lambda and settings.prior == 0.1)
+    panels = chosen(runs, "palbert or pondernet", lambda settings: settings.has_lambda and usual_prior(settings))
     figure, axes = axes_for(pyplot, panels)
     for axis, ((task, model), members) in zip(axes, panels.items()):
         for colour, marker, method in zip(COLOURS, MARKERS, ("palbert", "pondernet")):
@@ -531,7 +535,7 @@ def plot_prior(pyplot, runs, device, batch_size):
 
 def plot_distribution(pyplot, runs, device, batch_size):
     """Fig. 5: mean p(i|x) over the training set, by task"""
-    panels = chosen(runs, "palbert", lambda settings: settings.method == "palbert" and settings.seed == 0 and settings.prior == 0.1)
+    panels = chosen(runs, "palbert", lambda settings: settings.method == "palbert" and settings.seed == 0 and usual_prior(settings))
     figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for n, ((task, model), ((folder, settings), *_)) in enumerate(panels.items()):
         *_, lam = dev_outputs(folder, settings, device, batch_size, split="train")

@@ -389,8 +389,8 @@ def _join_all(ids_of_texts, examples, max_length: int, join):
 
 
 class AlbertTokenizer:
-    """ALBERT's SentencePiece tokenizer, equal to the slow AlbertTokenizer of transformers 4.57.6 (FACTS: the fast ones
-    are wrong). Special-token strings in a text are plain text. A file that is no such model raises InputError."""
+    """ALBERT's SentencePiece tokenizer, equal to the slow AlbertTokenizer of transformers 4.57.6 (not to the
+    fast ones, which differ). Special-token strings in a text are plain text. A file that is no such model raises InputError."""
 
     def __init__(self, model_file: str | Path):
         self.model_file = Path(model_file)
