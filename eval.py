@@ -547,21 +547,26 @@ def plot_distribution(pyplot, runs, device, batch_size):
 
 
 def plot_negations(pyplot, runs, device, batch_size):
-    """parity: accuracy and exit layer by the number of nested negations"""
+    """parity: the cumulative exit probability and the exit layer by the number of nested negations, and the accuracy at the exit"""
     members = chosen(runs, "palbert on parity", lambda settings: settings.task == "parity" and settings.method == "palbert")
     folder, settings = next(iter(members.values()))[-1]
     _, _, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
     outputs, layers = leave("q", settings, logits, lam)
+    right = (outputs.argmax(1) == torch.tensor(labels)).float()
     k = torch.tensor([negations(example.text_b) for example in load("parity", "dev")])
-    groups = k.unique().tolist()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.boxplot([layers[k == n].numpy() for n in groups], tick_labels=[str(n) for n in groups], medianprops={"color": COLOURS[1], "linewidth": 2})
-    left.set(xlabel="nested negations in the second sentence", ylabel=f"exit layer, Q-exit at {settings.q:g}", ylim=(0.5, lam.shape[1] + 0.5))
-    right_at = (logits.argmax(2) == torch.tensor(labels)[:, None]).float()
-    for n, colour, marker in zip(groups, COLOURS * 2, MARKERS * 2):
-        right.plot(range(1, lam.shape[1] + 1), 100 * right_at[k == n].mean(0), color=colour, marker=marker, markersize=4, label=f"{n} negation{'s' * (n != 1)}")
-    right.set(xlabel="layer", ylabel="accuracy of that layer (%)", xticks=range(1, lam.shape[1] + 1), ylim=(0, 103))
-    right.legend(frameon=False, fontsize=8)
+    cdf, L = exit_distribution(lam).cumsum(1), lam.shape[1]
+    figure, (left, bars) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=(3, 2))
+    for n in k.unique().tolist():
+        left.plot(range(1, L + 1), cdf[k == n].mean(0), color=COLOURS[n], marker=MARKERS[n], markersize=4, label=f"{n} negation{'s' * (n != 1)}")
+        mean = layers[k == n].float().mean().item()
+        bars.bar(n, mean, color=COLOURS[n])
+        bars.annotate(f"{mean:.2f}\n{right[k == n].mean():.0%} right", (n, mean), ha="center", va="bottom", fontsize=9)
+    left.axhline(settings.q, color="black", linewidth=1, linestyle="--")
+    left.annotate(f"q = {settings.q:g}", (L, settings.q), ha="right", va="bottom")
+    left.set(xlabel="layer", ylabel="mean cumulative exit probability", xticks=range(1, L + 1), ylim=(0, 1.03))
+    left.legend(frameon=False, loc="lower right")
+    bars.set(xlabel="nested negations in the second sentence", ylabel="mean exit layer", xticks=k.unique().tolist())
+    bars.margins(y=0.25)
     return figure
 
 

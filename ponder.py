@@ -97,6 +97,7 @@ def at_least_float32(x):
 # A rule has start(B, L, device) -> state, a tuple of tensors with rows first, and step(state, i, lam, logits) -> (state, done), where
 # i (B,) int64 is the layer at which each row stands, lam (B,), logits (B,C), done (B,) bool. So the same few lines serve arrays of
 # full depth, a batch that shrinks, and a batch whose rows stand at different layers. The last layer ends every row, whatever the rule.
+# A rule that cannot stop before some layer says so in `earliest`, and inference then does not look for rows that stop before it.
 
 class QExit:
     """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], where 1 never stops early."""
@@ -137,7 +138,7 @@ class PatienceExit:
     def __init__(self, t, tolerance=None):
         if t < 1:
             raise ValueError(f"patience must be at least 1, not {t}")
-        self.t, self.tolerance = t, tolerance
+        self.t, self.tolerance, self.earliest = t, tolerance, t + 1
 
     def start(self, B, L, device):
         return torch.zeros(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
@@ -175,7 +176,7 @@ class FixedExit:
     """Stop at the given layer: the plain model, and the paper's "ALBERT (9 layers)"."""
 
     def __init__(self, layer):
-        self.layer = layer
+        self.layer = self.earliest = layer
 
     def start(self, B, L, device):
         return ()
@@ -317,7 +318,8 @@ class Ponder(nn.Module):
         h = self.encoder.embed(ids, segments)                       # (B,T,H)
         previous = h.new_zeros(len(rows), h.shape[2])               # (B,H) pooled h_{i-1}
         for i in range(1, self.num_layers + 1):
-            first = self.can_decide_first and (i == self.num_layers or h.shape[0] * h.shape[1] >= self.first_tokens)
+            many = h.shape[0] * h.shape[1] >= self.first_tokens and i >= getattr(rule, "earliest", 1)
+            first = self.can_decide_first and (i == self.num_layers or many)
             if first:
                 cls, kv = self.encoder.first(i, h, mask)            # (B,1,H); the rule reads no other token
             else:

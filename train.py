@@ -68,7 +68,7 @@ METHODS = {                                             # what each preset chang
     "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
 }
 SCRATCH = {                                             # this project's own settings for what is trained from scratch
-    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.1, "prior": 0.25, "dropout": 0.0, "epochs": 2, "warmup": 100, "clip": 1.0},
+    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0, "epochs": 2, "warmup": 100, "clip": 1.0},
     "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
 }
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}      # Table 4
