@@ -21,8 +21,8 @@ import torch
 from checkpoint import InputError, atomic_write
 from glue import TASKS, buckets, load, negations, write_submission
 from ponder import exit_distribution, exit_layers, pad
-from train import (EXITS, RUNS, Parser, all_layers, choose_device, find_run, leave, load_run, make_rule, make_settings, precision, read_run, read_split,
-                   run_main, say, scores)
+from train import (EXITS, RUNS, Parser, all_layers, choose_device, device_name, find_run, leave, load_run, make_rule, make_settings,
+                   precision, read_run, read_split, run_main, say, scores)
 
 
 # ---- one run, one split ----
@@ -166,7 +166,9 @@ def sweep(settings, exit, logits, lam, labels):
 
 def print_sweep(model, settings, tokenizer, exit, split, batch_size, as_json):
     if exit not in SWEEPS:
-        raise InputError(f"--sweep: exit {exit} has nothing to sweep; expected --exit {', '.join(e for e in SWEEPS if e in settings.exits) or 'of another method'}")
+        others = [name for name in settings.exits if name in SWEEPS]
+        raise InputError(f"--sweep: exit {exit} has nothing to sweep; " + (f"expected --exit {' or '.join(others)}" if others else
+                         f"nor has any other exit of {settings.method}"))
     tables = []
     for name in splits_of(settings.task, split):
         inputs, labels = read_split(settings, tokenizer, name)
@@ -265,13 +267,13 @@ def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
         mean_layer = layers.float().mean().item()
         layer_rate, product_rate = flops(model, 32, round(length), device)
     print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, {exit} exit at layer {mean_layer:.2f} of {L}; "
-          f"PyTorch {torch.__version__}, {device.type} {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}, "
-          f"{'bf16' if precision(device)._enabled else 'float32'}")
+          f"PyTorch {torch.__version__}, {device_name(device)}, {'bf16' if precision(device)._enabled else 'float32'}")
     print(f"one layer {layer_rate / 1e9:.0f} GFLOP/s, a matrix product {product_rate / 1e9:.0f} GFLOP/s\n")
     print("| batch | way | examples/s | against full depth | over L / mean layer | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
     for batch_size in (1, 8, 32, 128):
         ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
-                "rows dropped": lambda: early(batch_size, 10**9), "decided first": lambda: early(batch_size, 0), "as predict_many chooses": lambda: early(batch_size)}
+                "rows dropped": lambda: early(batch_size, 10**9), "decided first": lambda: early(batch_size, 0),
+                "as predict_many chooses": lambda: early(batch_size)}
         if model.encoder.shared:
             ways["depth-wise"] = lambda: early(batch_size, depthwise=True)
         if batch_size == 1:
@@ -285,7 +287,8 @@ def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
         median = {way: statistics.median(values) for way, values in seconds.items()}
         for way in ways:
             ratio = median["full depth"] / median[way]
-            print(f"| {batch_size} | {way} | {len(inputs) / median[way]:.1f} | {ratio:.2f} | {ratio / (L / mean_layer) if way != 'full depth' else 1:.2f} | "
+            over_formula = ratio / (L / mean_layer) if way != "full depth" else 1
+            print(f"| {batch_size} | {way} | {len(inputs) / median[way]:.1f} | {ratio:.2f} | {over_formula:.2f} | "
                   f"{'-' if memory[way] is None else round(memory[way] / 2**20)} |", flush=True)
 
 
@@ -365,7 +368,8 @@ def seeds_of(runs, task, model, identify, key):
     """The runs of one cell: of those with this key, the settings with the most seeds, or the best mean among equals"""
     groups = {}
     for folder, settings, dev in runs:
-        if usual_prior(settings) and settings.max_steps is None and (settings.task, Path(settings.model).name) == (task, model) and identify(folder, settings) == key:
+        whole = usual_prior(settings) and settings.max_steps is None
+        if whole and (settings.task, Path(settings.model).name) == (task, model) and identify(folder, settings) == key:
             result = dev[settings.exit]
             groups.setdefault(dataclasses.replace(settings, seed=0, data_dir=None, device=None), []).append((result["score"], result["mean_layer"]))
     return max(groups.values(), key=lambda g: (len(g), statistics.mean(score for score, _ in g)), default=[])
@@ -399,7 +403,9 @@ def print_tables():
     rows = []
     for name, (key, paper) in ABLATION.items():
         rows.append([name, "paper", *paper])
-        rows += [["", f"ours, {model}", *(cell(seeds_of(runs, task, model, ablation_of, key), False) for task in ("sst2", "rte", "cola"))] for model in models]
+        for model in models:
+            found = [seeds_of(runs, task, model, ablation_of, key) for task in ("sst2", "rte", "cola")]
+            rows.append(["", f"ours, {model}", *(cell(f, False) for f in found)])
     table("Table 1. Ablation, GLUE dev, mean ± std over seeds", ("SST-2", "RTE", "CoLA"), rows)
     rows = []
     for name, (key, paper, _) in SYSTEMS.items():
@@ -482,7 +488,8 @@ def plot_q(pyplot, runs, device, batch_size):
             if curves:
                 curves = torch.tensor(curves)
                 mean, std = curves.mean(0), curves.std(0) if len(curves) > 1 else torch.zeros(curves.shape[1])
-                axis.plot(SWEEPS["q"], mean, color=colour, marker=marker, markersize=3, label=f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+                label = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
+                axis.plot(SWEEPS["q"], mean, color=colour, marker=marker, markersize=3, label=label)
                 axis.fill_between(SWEEPS["q"], mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         axis.set(title=f"{NAMES.get(task, task)}, {model}", xlabel="threshold q", ylabel="dev score")
         axis.legend(frameon=False)
@@ -507,8 +514,10 @@ def plot_speedup(pyplot, runs, device, batch_size):
                     seconds, (outputs, _) = timed(model, lambda: predict_all(model, there, exit, inputs, batch_size))
                     points.append((full / seconds, scores(task, outputs, labels)["score"]))
                 n = list(SWEEPS).index(exit)
-                axis.plot(*zip(*points), color=COLOURS[n], marker=MARKERS[n], markersize=4, label={"q": "PALBERT, Q-exit", "patience": "PABEE, patience", "entropy": "PABEE heads, entropy"}[exit])
-        axis.set(title=f"{NAMES.get(task, task)}, {model_name}", xlabel=f"measured speed-up over full depth (times), batch {batch_size}", ylabel="dev score")
+                label = {"q": "PALBERT, Q-exit", "patience": "PABEE, patience", "entropy": "PABEE heads, entropy"}[exit]
+                axis.plot(*zip(*points), color=COLOURS[n], marker=MARKERS[n], markersize=4, label=label)
+        axis.set(title=f"{NAMES.get(task, task)}, {model_name}", ylabel="dev score",
+                 xlabel=f"measured speed-up over full depth (times), batch {batch_size}")
         axis.legend(frameon=False)
     return figure
 
@@ -522,7 +531,8 @@ def plot_prior(pyplot, runs, device, batch_size):
         for folder, settings in members:
             _, _, labels, logits, lam = dev_outputs(folder, settings, device, batch_size)
             outputs, layers = leave("q", settings, logits, lam)
-            by_prior.setdefault(settings.prior, []).append((torch.bincount(layers, minlength=lam.shape[1] + 1)[1:] / len(layers), scores(task, outputs, labels)["score"]))
+            histogram = torch.bincount(layers, minlength=lam.shape[1] + 1)[1:] / len(layers)
+            by_prior.setdefault(settings.prior, []).append((histogram, scores(task, outputs, labels)["score"]))
         for n, (prior, found) in enumerate(sorted(by_prior.items())):
             share = torch.stack([histogram for histogram, _ in found]).mean(0)
             width = 0.8 / len(by_prior)
@@ -578,7 +588,8 @@ def main(argv=None):
     parser.add_argument("--q", type=float, help="threshold of Q-exit, above 0 and up to 1 (default: the run's)")
     parser.add_argument("--patience", type=int, help="PABEE's t, from 1 (default: the run's)")
     parser.add_argument("--entropy", type=float, help="threshold of entropy exit in nats, above 0 (default: the run's)")
-    parser.add_argument("--exit", choices=EXITS, help="the exit that --json, --text and --sweep speak of (default: the run's own, or the one whose threshold is given)")
+    parser.add_argument("--exit", choices=EXITS, help="the exit that --json, --text and --sweep speak of (default: the run's own, or the one "
+                                                      "whose threshold is given)")
     parser.add_argument("--split", default="dev", help="the split, e.g. dev, test or train (default: dev; for MNLI dev and test mean both)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows computed together, from 1 (default: 32)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")

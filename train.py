@@ -305,6 +305,10 @@ def run_name(settings):
     return "-".join([settings.task, settings.method, Path(settings.model).name, *changed, f"seed{settings.seed}"])
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def describe(settings, device):
     """What run.json records beside the settings, so that a number can be traced: versions, device, commit, hashes of the data."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True) \
@@ -312,7 +316,7 @@ def describe(settings, device):
     return {"settings": dataclasses.asdict(settings),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                          "sentencepiece": sentencepiece.__version__},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+            "device": device_name(device),
             "commit": git.stdout.strip() if git and git.returncode == 0 else None,
             "data": {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)},
             "finished": False}
