@@ -1,12 +1,12 @@
 """The ALBERT encoder (Lan et al. 2020): one Transformer layer, applied L times.
 
-Reads weights as the Hugging Face hub and as Google publish them. B batch, T tokens, H hidden, E embedding, L layers, as in ponder.py.
+Reads weights as the Hugging Face hub and as Google publish them. B batch, T tokens, H hidden, E embedding, L layers, as
+in ponder.py.
 """
 
 import dataclasses
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import InputError, assign, cache_dir, download, extract_tar, load_weights, read_json, sha256_file
+from checkpoint import (InputError, cache_dir, check_sizes, extract_tar, fetch_encoder, load_encoder, load_weights,
+                        make_config, read_json, sha256_file)
 
 
 @dataclass(frozen=True)
 class AlbertConfig:
     """Sizes of an ALBERT, named as in config.json; the defaults are albert-base-v2's.
 
-    Dropout rates are left out on purpose: fine-tuning here drops out before the heads only, whatever a config.json says.
+    Dropout rates are left out on purpose: fine-tuning here drops out before the heads only, whatever a config.json
+    says.
     """
 
     vocab_size: int = 30000
@@ -40,34 +42,18 @@ class AlbertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type if isinstance(field.type, type) else type(field.default)
-            least = 0 if field.name == "pad_token_id" else 1
-            if type(value) is not wanted or wanted is int and not least <= value < 2**24 or wanted is float and not 0 < value < 1:
-                raise InputError(f"ALBERT config: {field.name} = {value!r} is not usable; expected "
-                                 f"{ {int: f'a whole number from {least}', float: 'a number between 0 and 1', str: 'a word'}[wanted]}")
-        if self.hidden_act not in ("gelu", "gelu_new"):
-            raise InputError(f"ALBERT config: hidden_act = {self.hidden_act!r} is not known here; expected 'gelu' or 'gelu_new'")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"ALBERT config: hidden_size = {self.hidden_size} is not a multiple of "
-                             f"num_attention_heads = {self.num_attention_heads}")
+        check_sizes(self)
         if self.num_hidden_groups > self.num_hidden_layers:
-            raise InputError(f"ALBERT config: num_hidden_groups = {self.num_hidden_groups} exceeds "
-                             f"num_hidden_layers = {self.num_hidden_layers}")
+            raise InputError(f"AlbertConfig: num_hidden_groups = {self.num_hidden_groups} exceeds num_hidden_layers = "
+                             f"{self.num_hidden_layers}; correct one")
         if self.pad_token_id >= self.vocab_size:
-            raise InputError(f"ALBERT config: pad_token_id = {self.pad_token_id} is not in a vocabulary of {self.vocab_size}")
+            raise InputError(f"AlbertConfig: pad_token_id = {self.pad_token_id} is not in a vocabulary of "
+                             f"{self.vocab_size}; correct one")
 
     @classmethod
     def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json or albert_config.json; keys that would change the computation are an error."""
-        for key, only in MUST_BE.items():
-            if values.get(key, only) != only:
-                raise InputError(f"{source}: {key} = {values[key]!r} asks for a computation that is not built here; expected {only!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
+        return make_config(cls, values, MUST_BE, source)
 
 
 # Keys of config.json that would change the computation, with the one value that is computed here.
@@ -81,12 +67,13 @@ SIZES = {
     "albert-base-v2": AlbertConfig(), "albert-large-v2": AlbertConfig(**_large),
     "albert-xlarge-v2": AlbertConfig(**_xlarge), "albert-xxlarge-v2": AlbertConfig(**_xxlarge),
     "albert-base-v1": AlbertConfig(hidden_act="gelu"), "albert-large-v1": AlbertConfig(hidden_act="gelu", **_large),
-    "albert-xlarge-v1": AlbertConfig(hidden_act="gelu", **_xlarge), "albert-xxlarge-v1": AlbertConfig(hidden_act="gelu", **_xxlarge),
+    "albert-xlarge-v1": AlbertConfig(hidden_act="gelu", **_xlarge),
+    "albert-xxlarge-v1": AlbertConfig(hidden_act="gelu", **_xxlarge),
     # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
-    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4, intermediate_size=256,
-                         initializer_range=0.05),
-    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4, intermediate_size=512,
-                         initializer_range=0.05),
+    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4,
+                         intermediate_size=256, initializer_range=0.05),
+    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4,
+                         intermediate_size=512, initializer_range=0.05),
 }
 
 HUB = "https://huggingface.co/albert/{name}/resolve/main/{file}"
@@ -126,8 +113,9 @@ class Block(nn.Module):
     def first(self, h, mask):
         """The output for the first token alone (B,1,H), at the price of little more than its own row.
 
-        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and values of the other
-        tokens need not be computed. The keys' bias adds the same to every score, so softmax drops it.
+        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and
+        values of the other tokens need not be computed. The keys' bias adds the same to every score, so softmax drops
+        it.
         """
         B, _, H = h.shape
         d = H // self.heads
@@ -140,7 +128,7 @@ class Block(nn.Module):
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def after(self, a, h):
-        """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward network, two norms"""
+        """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward net, norms"""
         h = self.attn_norm(h + self.attn_out(a))                                            # (B,S,H)
         # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
         f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (B,S,F)
@@ -193,7 +181,7 @@ class Albert(nn.Module):
         return h
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), and what finish() takes of it besides: kv (B,0), for nothing is worth keeping"""
+        """h_i of the first token alone (B,1,H), and what else finish() takes: kv (B,0), for nothing is worth keeping"""
         return self.blocks(i)[0].first(h, mask), h.new_empty(len(h), 0)
 
     def finish(self, i, h, mask, cls, kv):
@@ -206,56 +194,40 @@ class Albert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with published weights: a hub name (see SIZES), a folder in the hub's form, or Google's TF checkpoint (folder,
-        tar or prefix). Every tensor of the file is used once, left out by name below, or an InputError that names it. A file without
-        a pooler, as masked language modelling leaves it, leaves ours freshly initialised."""
+        """Encoder with published weights: a hub name (see SIZES), a folder in the hub's form, or Google's TF checkpoint
+        (folder, tar or prefix). Every tensor of the file is used once, left out by name below, or an InputError that
+        names it. A file without a pooler leaves ours freshly initialised."""
         folder = fetch(name_or_path)
         weights, kind = load_weights(folder)
         folder = folder if folder.is_dir() else folder.parent
-        configs = [path for below in ("", "*/") for name in ("config.json", "albert_config.json") for path in folder.glob(below + name)]
+        configs = [path for below in ("", "*/") for name in ("config.json", "albert_config.json")
+                   for path in folder.glob(below + name)]
         if not configs:
-            raise InputError(f"{folder}: expected a config.json or albert_config.json beside the weights, found neither")
+            raise InputError(f"{folder}: expected a config.json or albert_config.json beside the weights, found none")
         config = AlbertConfig.from_json(read_json(configs[0]), str(configs[0]))
         if kind == "tensorflow":
-            renamed = [from_google(name, tensor) for name, tensor in weights.items()]
-            config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form in v1 and v2
+            named = [from_google(name, tensor) for name, tensor in weights.items()]
+            config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form
         else:
-            renamed = [(name.removeprefix("albert."), tensor) for name, tensor in weights.items()]
-        named = dict(renamed)
-        if len(named) < len(renamed):
-            raise InputError(f"{folder}: two tensors of the same name, with and without 'albert.'")
-        if config.num_hidden_groups * config.inner_group_num > len(named):
-            raise InputError(f"{folder}: the config asks for {config.num_hidden_groups} groups of {config.inner_group_num} blocks, "
-                             f"the weights are {len(named)} tensors")
-        optional = () if any(name.startswith("pooler.") for name in named) else ("pooler.weight", "pooler.bias")
-        with torch.device("meta"):    # no memory for what the config only claims: the shapes are checked first
-            assign(cls(config), named, name_table(config), LEFT_OUT, str(folder), optional)
-        model = cls(config)
-        if assign(model, named, name_table(config), LEFT_OUT, str(folder), optional):
-            print(f"{folder}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
-        return model
+            named = [(name.removeprefix("albert."), tensor) for name, tensor in weights.items()]
+        blocks = config.num_hidden_groups * config.inner_group_num
+        return load_encoder(cls, config, named, blocks, name_table, LEFT_OUT, str(folder))
 
 
 def fetch(name_or_path):
-    """Path of a folder (or TF prefix) with config, weights and tokenizer; a hub name is downloaded to the cache, a tar unpacked there."""
-    path, name = Path(name_or_path), str(name_or_path).removeprefix("albert/")
-    if name in SIZES and name not in ("tiny", "mini") and not os.path.exists(path):
-        folder = cache_dir() / name
-        for file in ("config.json", "spiece.model", "model.safetensors"):
-            download(HUB.format(name=name, file=file), folder / file, sha256=SHA256.get(f"{name}/{file}", SHA256.get(file)))
-        return folder
-    if os.path.isfile(path) and path.name.endswith((".tar", ".tar.gz", ".tgz")):
-        return extract_tar(path, cache_dir() / f"{path.name.split('.')[0]}-{sha256_file(path)[:12]}")    # not another of that name
-    if not os.path.exists(path) and not os.path.exists(f"{path}.index"):
-        raise InputError(f"model {str(name_or_path)!r} is neither a folder nor a known name; known are "
-                         f"{', '.join(name for name in SIZES if name not in ('tiny', 'mini'))}")
-    return path
+    """Path of a folder (or TF prefix) with config, weights and tokenizer; a hub name is downloaded to the cache, a tar
+    unpacked there."""
+    path, published = Path(name_or_path), [name for name in SIZES if name not in ("tiny", "mini")]
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and os.path.isfile(path):
+        # The hash tells it from another of that name.
+        return extract_tar(path, cache_dir() / f"{path.name.split('.')[0]}-{sha256_file(path)[:12]}")
+    return fetch_encoder(path, "albert", published, HUB, ("config.json", "spiece.model", "model.safetensors"), SHA256)
 
 
 # ---- the names of weights, ours against the hub's ----
 
-LEFT_OUT = [r"embeddings\.position_ids", r"predictions\..*", r"sop_classifier\..*", r"classifier\..*",   # the hub's heads and a buffer
-            r"cls/.*", r"global_step", r".*/adam_[mv]"]                                                   # Google's heads and Adam's state
+LEFT_OUT = [r"embeddings\.position_ids", r"predictions\..*", r"sop_classifier\..*", r"classifier\..*",    # the hub's
+            r"cls/.*", r"global_step", r".*/adam_[mv]"]    # Google's heads and Adam's state
 
 
 def name_table(config):
@@ -263,7 +235,8 @@ def name_table(config):
     table = {"words.weight": ["embeddings.word_embeddings.weight"],
              "positions.weight": ["embeddings.position_embeddings.weight"],
              "types.weight": ["embeddings.token_type_embeddings.weight"]}
-    modules = {"norm": ["embeddings.LayerNorm"], "project": ["encoder.embedding_hidden_mapping_in"], "pooler": ["pooler"]}
+    modules = {"norm": ["embeddings.LayerNorm"], "project": ["encoder.embedding_hidden_mapping_in"],
+               "pooler": ["pooler"]}
     for g in range(config.num_hidden_groups):
         for b in range(config.inner_group_num):
             ours, hub = f"groups.{g}.{b}", f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
@@ -273,19 +246,23 @@ def name_table(config):
                         f"{ours}.ffn_in": [f"{hub}.ffn"],
                         f"{ours}.ffn_out": [f"{hub}.ffn_output"],
                         f"{ours}.ffn_norm": [f"{hub}.full_layer_layer_norm"]}
-    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names] for ours, names in modules.items() for part in ("weight", "bias")}
+    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names]
+                    for ours, names in modules.items() for part in ("weight", "bias")}
 
 
 GOOGLE = [(r"^bert/embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"),
-          (r"^bert/encoder/transformer/group_(\d+)/inner_group_(\d+)/", r"encoder.albert_layer_groups.\1.albert_layers.\2."),
+          (r"^bert/encoder/transformer/group_(\d+)/inner_group_(\d+)/",
+           r"encoder.albert_layer_groups.\1.albert_layers.\2."),
           (r"attention_1/self/", "attention."), (r"attention_1/output/dense/", "attention.dense."),
-          (r"LayerNorm_1/", "full_layer_layer_norm."), (r"(albert_layers\.\d+)\.LayerNorm/", r"\1.attention.LayerNorm."),
+          (r"LayerNorm_1/", "full_layer_layer_norm."),
+          (r"(albert_layers\.\d+)\.LayerNorm/", r"\1.attention.LayerNorm."),
           (r"ffn_1/intermediate/output/dense/", "ffn_output."), (r"ffn_1/intermediate/dense/", "ffn."),
-          (r"^bert/pooler/dense/", "pooler."), (r"^bert/", ""), (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias")]
+          (r"^bert/pooler/dense/", "pooler."), (r"^bert/", ""),
+          (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias")]
 
 
 def from_google(name, tensor):
-    """A variable of Google's checkpoint under the hub's name; kernels are stored input x output there, so they are transposed."""
+    """A variable of Google's checkpoint under the hub's name; kernels, input x output there, are transposed."""
     if any(re.fullmatch(pattern, name) for pattern in LEFT_OUT):
         return name, tensor
     if name.endswith("/kernel") and tensor.dim() == 2:

@@ -3,22 +3,19 @@
 The same contract as albert.py, so that ponder.py takes either. B batch, T tokens, H hidden, L layers, as in ponder.py.
 """
 
-import dataclasses
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import InputError, assign, cache_dir, download, load_weights, read_json
+from checkpoint import InputError, check_sizes, fetch_encoder, load_encoder, load_weights, make_config, read_json
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """Sizes of a RoBERTa, named as in config.json; the defaults are roberta-base's. Dropout rates are left out, as in AlbertConfig."""
+    """Sizes of a RoBERTa, named as in config.json; the defaults are roberta-base's. Dropout rates are left out, as in
+    AlbertConfig."""
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -33,40 +30,26 @@ class RobertaConfig:
     pad_token_id: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type if isinstance(field.type, type) else type(field.default)
-            least = 0 if field.name == "pad_token_id" else 1
-            if type(value) is not wanted or wanted is int and not least <= value < 2**24 or wanted is float and not 0 < value < 1:
-                raise InputError(f"RoBERTa config: {field.name} = {value!r} is not usable; expected "
-                                 f"{ {int: f'a whole number from {least}', float: 'a number between 0 and 1', str: 'a word'}[wanted]}")
-        if self.hidden_act not in ("gelu", "gelu_new"):
-            raise InputError(f"RoBERTa config: hidden_act = {self.hidden_act!r} is not known here; expected 'gelu' or 'gelu_new'")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"RoBERTa config: hidden_size = {self.hidden_size} is not a multiple of "
-                             f"num_attention_heads = {self.num_attention_heads}")
+        check_sizes(self)
         if self.pad_token_id >= min(self.vocab_size, self.max_position_embeddings - 1):
-            raise InputError(f"RoBERTa config: pad_token_id = {self.pad_token_id} is not below vocab_size = {self.vocab_size} "
-                             f"and max_position_embeddings - 1 = {self.max_position_embeddings - 1}")
+            raise InputError(f"RobertaConfig: pad_token_id = {self.pad_token_id} is not below vocab_size = "
+                             f"{self.vocab_size} and max_position_embeddings - 1 = {self.max_position_embeddings - 1}; "
+                             "correct one")
 
     @classmethod
     def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json; keys that would change the computation are an error."""
-        for key, only in MUST_BE.items():
-            if values.get(key, only) != only:
-                raise InputError(f"{source}: {key} = {values[key]!r} asks for a computation that is not built here; expected {only!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
+        return make_config(cls, values, MUST_BE, source)
 
 
 # Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+MUST_BE = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
+           "add_cross_attention": False}
 
 SIZES = {
     "roberta-base": RobertaConfig(),
-    "roberta-large": RobertaConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24),
+    "roberta-large": RobertaConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
+                                   num_hidden_layers=24),
 }
 
 HUB = "https://huggingface.co/FacebookAI/{name}/resolve/main/{file}"
@@ -107,8 +90,9 @@ class Block(nn.Module):
     def first(self, h, mask):
         """The output for the first token alone (B,1,H), at the price of little more than its own row.
 
-        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and values of the other
-        tokens need not be computed. The keys' bias adds the same to every score, so softmax drops it.
+        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and
+        values of the other tokens need not be computed. The keys' bias adds the same to every score, so softmax drops
+        it.
         """
         B, _, H = h.shape
         d = H // self.heads
@@ -121,7 +105,7 @@ class Block(nn.Module):
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def after(self, a, h):
-        """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward network, two norms"""
+        """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward net, norms"""
         h = self.attn_norm(h + self.attn_out(a))                                            # (B,S,H)
         # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
         f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (B,S,F)
@@ -137,7 +121,8 @@ class Roberta(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.config = config
-        self.num_layers, self.hidden_size, self.pad_id = config.num_hidden_layers, H, config.pad_token_id
+        self.num_layers, self.hidden_size = config.num_hidden_layers, H
+        self.max_length, self.pad_id = config.max_position_embeddings - config.pad_token_id - 1, config.pad_token_id
         self.words = nn.Embedding(config.vocab_size, H)
         self.positions = nn.Embedding(config.max_position_embeddings, H)
         self.types = nn.Embedding(config.type_vocab_size, H)
@@ -151,10 +136,11 @@ class Roberta(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def embed(self, ids, segments):
-        """ids (B,T) int64, segments (B,T) int64, all 0 where type_vocab_size is 1 -> h_0 (B,T,H); too many tokens: ValueError"""
-        T, longest = ids.shape[1], self.config.max_position_embeddings - self.pad_id - 1
-        if T > longest:
-            raise ValueError(f"{T} tokens, but this encoder has {longest} positions")
+        """ids (B,T) int64, segments (B,T) int64, all 0 where type_vocab_size is 1 -> h_0 (B,T,H); T up to max_length,
+        else ValueError"""
+        T = ids.shape[1]
+        if T > self.max_length:
+            raise ValueError(f"{T} tokens, but this encoder has {self.max_length} positions")
         real = ids != self.pad_id                                                           # (B,T)
         positions = real.cumsum(1) * real + self.pad_id                                     # (B,T)
         return self.norm(self.words(ids) + self.types(segments) + self.positions(positions))    # (B,T,H)
@@ -164,7 +150,7 @@ class Roberta(nn.Module):
         return self.blocks[i - 1](h, mask)
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), and what finish() takes of it besides: kv (B,0), for nothing is worth keeping"""
+        """h_i of the first token alone (B,1,H), and what else finish() takes: kv (B,0), for nothing is worth keeping"""
         return self.blocks[i - 1].first(h, mask), h.new_empty(len(h), 0)
 
     def finish(self, i, h, mask, cls, kv):
@@ -177,39 +163,24 @@ class Roberta(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with published weights: a hub name (see SIZES) or a folder in the hub's form. Every tensor of the file is used
-        once, left out by name below, or an InputError that names it. A file without a pooler leaves ours freshly initialised."""
+        """Encoder with published weights: a hub name (see SIZES) or a folder in the hub's form. Every tensor of the
+        file is used once, left out by name below, or an InputError that names it. A file without a pooler leaves ours
+        freshly initialised."""
         folder = fetch(name_or_path)
         weights, kind = load_weights(folder)
         if kind == "tensorflow":
-            raise InputError(f"{folder}: RoBERTa's weights are read from model.safetensors or pytorch_model.bin, not from TensorFlow")
+            raise InputError(f"{folder}: expected RoBERTa's weights in model.safetensors or pytorch_model.bin, found "
+                             "TensorFlow's; use one of these")
         folder = folder if folder.is_dir() else folder.parent
         config = RobertaConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-        named = {name.removeprefix("roberta."): tensor for name, tensor in weights.items()}
-        if len(named) < len(weights):
-            raise InputError(f"{folder}: two tensors of the same name, with and without 'roberta.'")
-        if config.num_hidden_layers > len(named):
-            raise InputError(f"{folder}: config.json asks for {config.num_hidden_layers} layers, the weights are {len(named)} tensors")
-        optional = () if any(name.startswith("pooler.") for name in named) else ("pooler.weight", "pooler.bias")
-        with torch.device("meta"):    # no memory for what config.json only claims: the shapes are checked first
-            assign(cls(config), named, name_table(config), LEFT_OUT, str(folder), optional)
-        model = cls(config)
-        if assign(model, named, name_table(config), LEFT_OUT, str(folder), optional):
-            print(f"{folder}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
-        return model
+        named = [(name.removeprefix("roberta."), tensor) for name, tensor in weights.items()]
+        return load_encoder(cls, config, named, config.num_hidden_layers, name_table, LEFT_OUT, str(folder))
 
 
 def fetch(name_or_path):
     """Path of a folder with config, weights and tokenizer; a hub name is downloaded to the cache."""
-    path, name = Path(name_or_path), str(name_or_path).removeprefix("FacebookAI/")
-    if name in SIZES and not os.path.exists(path):
-        folder = cache_dir() / name
-        for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
-            download(HUB.format(name=name, file=file), folder / file, sha256=SHA256.get(f"{name}/{file}", SHA256.get(file)))
-        return folder
-    if not os.path.exists(path):
-        raise InputError(f"model {str(name_or_path)!r} is neither a folder nor a known name; known are {', '.join(SIZES)}")
-    return path
+    files = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
+    return fetch_encoder(name_or_path, "FacebookAI", SIZES, HUB, files, SHA256)
 
 
 # ---- the names of weights, ours against the hub's ----
@@ -231,4 +202,5 @@ def name_table(config):
                     f"{ours}.ffn_in": [f"{hub}.intermediate.dense"],
                     f"{ours}.ffn_out": [f"{hub}.output.dense"],
                     f"{ours}.ffn_norm": [f"{hub}.output.LayerNorm"]}
-    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names] for ours, names in modules.items() for part in ("weight", "bias")}
+    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names]
+                    for ours, names in modules.items() for part in ("weight", "bias")}

@@ -1152,6 +1152,7 @@ def test_evaluating_twice_is_bitwise_equal_also_in_training_mode(config):
 @pytest.mark.parametrize("config, longest", [(SMALL_ALBERT, 20), (SMALL_ROBERTA, 18), (dataclasses.replace(SMALL_ROBERTA, pad_token_id=4), 15)])
 def test_more_tokens_than_positions_is_an_error_that_gives_both_numbers(config, longest):
     model = encoder(config)
+    assert model.max_length == longest
     ids, _, segments = random_batch(config, 2, longest + 1)
     model.embed(ids[:, :-1], segments[:, :-1])
     with pytest.raises(ValueError, match=rf"{longest + 1} tokens.* {longest} positions"):
@@ -1398,7 +1399,7 @@ def test_a_hub_name_is_fetched_from_the_hub_with_its_published_checksums(prefix,
         path.write_bytes((source / path.name).read_bytes() if (source / path.name).exists() else b"")
 
     monkeypatch.setenv("PALBERT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "download", fake_download)
+    monkeypatch.setattr(checkpoint, "download", fake_download)
     monkeypatch.chdir(tmp_path)
     assert load(prefix + name, config).config == config
     owner = "albert" if is_albert(config) else "FacebookAI"
@@ -3041,13 +3042,13 @@ def test_a_folder_that_cannot_be_made_or_a_full_disk_is_one_sentence(tmp_path, m
 
 def test_a_folder_that_another_process_unpacked_first_is_taken(tmp_path, monkeypatch):
     path = put(tmp_path / "a.zip", zip_of([("a", b"1")]))
-    rename = os.rename
+    replace = os.replace
 
     def late(source, goal):
         goal.mkdir()
         put(goal / "a", b"theirs")
-        rename(source, goal)
-    monkeypatch.setattr(os, "rename", late)
+        replace(source, goal)
+    monkeypatch.setattr(os, "replace", late)
     assert (checkpoint.extract_zip(path, tmp_path / "goal") / "a").read_bytes() == b"theirs"
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "goal"]
 
@@ -3212,6 +3213,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         if way == "stall":
             self.answer(200, BODY, cut=1000)
             return time.sleep(1)
+        if way == "drips":
+            self.answer(200, BODY, cut=1)
+            with contextlib.suppress(OSError):
+                for _ in range(300):
+                    self.wfile.write(b"x")
+                    time.sleep(0.01)
+            return
         if way == "always-breaks":
             return self.answer(200, BODY, cut=1000)
         if way == "slow":
@@ -3276,7 +3284,7 @@ def test_a_download_ends_well_though_the_server(way, checked, server, tmp_path):
     path = checkpoint.download(url, tmp_path / "file", DIGEST if checked else None, **FAST)
     assert path.read_bytes() == BODY and os.listdir(tmp_path) == ["file"]
     if way == "breaks":
-        assert server.asked[f"/{way}?{checked}"] == [None, "bytes=262144-"]  # four chunks of 64 KB had come whole
+        assert server.asked[f"/{way}?{checked}"] == [None, "bytes=300000-"]  # nothing that came is asked for again
 
 
 @pytest.mark.parametrize("way, requests_made, said", [
@@ -3292,6 +3300,14 @@ def test_a_download_fails_in_one_sentence_and_leaves_nothing_when_the_server_giv
     if way == "endless":
         time.sleep(0.2)
         assert server.stopped
+
+
+def test_a_server_that_drips_is_given_up_though_it_never_falls_silent(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SLOWEST", (1000, 0.2))
+    began = time.monotonic()
+    message = refused(checkpoint.download, server.url + "drips", tmp_path / "file", tries=2, wait=0.01)
+    assert "1,000 bytes a second" in message and 0.4 < time.monotonic() - began < 3
+    assert len(server.asked["/drips"]) == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_checksum_is_refused_and_the_next_mirror_is_tried(server, tmp_path):
