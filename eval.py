@@ -536,7 +536,7 @@ def plot_prior(pyplot, runs, device, batch_size):
         for n, (prior, found) in enumerate(sorted(by_prior.items())):
             share = torch.stack([histogram for histogram, _ in found]).mean(0)
             width = 0.8 / len(by_prior)
-            axis.bar(torch.arange(1, len(share) + 1) - 0.4 + (n + 0.5) * width, 100 * share, width, color=COLOURS[n % 6],
+            axis.bar((torch.arange(1, len(share) + 1) - 0.4 + (n + 0.5) * width).numpy(), (100 * share).numpy(), width, color=COLOURS[n % 6],
                      label=f"λ {prior:g}: {statistics.mean(score for _, score in found):.1f}")
         axis.set(title=f"{NAMES.get(task, task)}, {model}", xlabel="exit layer", ylabel="share of dev rows (%)", xticks=range(1, lam.shape[1] + 1))
         axis.legend(frameon=False, title="prior, dev score", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
