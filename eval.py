@@ -517,7 +517,7 @@ def plot_speedup(pyplot, runs, device, batch_size):
                 label = {"q": "PALBERT, Q-exit", "patience": "PABEE, patience", "entropy": "PABEE heads, entropy"}[exit]
                 axis.plot(*zip(*points), color=COLOURS[n], marker=MARKERS[n], markersize=4, label=label)
         axis.set(title=f"{NAMES.get(task, task)}, {model_name}", ylabel="dev score",
-                 xlabel=f"measured speed-up over full depth (times), batch {batch_size}")
+                 xlabel=f"measured speed-up (times), batch {batch_size}")
         axis.legend(frameon=False)
     return figure
 
