@@ -354,9 +354,10 @@ def negations(text_b: str) -> int:
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
+_NOT_ASCII = re.compile("[^\0-\x7f]+")
 
 
-def _join(a: list[int], b: list[int] | None, max_length: int, start: int, middle: list[int], end: int, segment_b: int):
+def _join(start: int, middle: list[int], end: int, segment_b: int, a: list[int], b: list[int] | None, max_length: int):
     """start A end, or start A middle B end, cut to max_length: token by token from the end of the longer of A and B, of
     B on a tie. `segment_b` is the segment of B and of the end after it. -> ids, segments"""
     special = 2 if b is None else 2 + len(middle)
@@ -364,7 +365,7 @@ def _join(a: list[int], b: list[int] | None, max_length: int, start: int, middle
     if room < 0:
         raise InputError(f"max_length is {max_length}: expected at least {special}, the number of special tokens")
     if b is None:
-        ids = [start, *a[:room], end]
+        ids = [start, *(a if len(a) <= room else a[:room]), end]
         return ids, [0] * len(ids)
     if len(a) + len(b) > room:
         keep_b = min(len(b), max(room // 2, room - len(a)))
@@ -411,6 +412,7 @@ class AlbertTokenizer:
         # Ids say too little about an unknown piece (it may end in a digit and a comma itself), so its text is done by
         # pieces.
         self._odd = frozenset(self._split_ids) | {self.unk_id}
+        self._join = functools.partial(_join, self.cls_id, [self.sep_id], self.sep_id, 1)
 
     def _encode(self, texts, out_type: type = int):
         try:
@@ -434,11 +436,18 @@ class AlbertTokenizer:
     def _mend(self, text: str, ids: list[int]) -> list[int]:
         """The ids of a clean text as the reference has them, from SentencePiece's, in which some are odd."""
         if self.unk_id not in ids:
-            return [part for i in ids for part in self._split_ids.get(i, (i,))]
-        ids = []
-        for piece in self._encode(text, out_type=str):
-            ids += self._split(piece) if _ends_in_digit_comma(piece) else [self._sp.piece_to_id(piece)]
-        return ids
+            for at in [at for at, i in enumerate(ids) if i in self._split_ids][::-1]:
+                ids[at:at + 1] = self._split_ids[ids[at]]
+            return ids
+        mended = []
+        for i, piece in zip(ids, self._encode(text, str)):
+            if i != self.unk_id:
+                mended += self._split_ids.get(i, (i,))
+            elif _ends_in_digit_comma(piece):
+                mended += self._split(piece)
+            else:
+                mended.append(self._sp.piece_to_id(piece))    # unknown, or the string of a special token
+        return mended
 
     def _text_ids(self, text: str) -> list[int]:
         text = _clean(text)
@@ -449,9 +458,6 @@ class AlbertTokenizer:
         texts = [_clean(text) for text in texts]
         odd = self._odd
         return [ids if odd.isdisjoint(ids) else self._mend(text, ids) for text, ids in zip(texts, self._encode(texts))]
-
-    def _join(self, a: list[int], b: list[int] | None, max_length: int):
-        return _join(a, b, max_length, self.cls_id, [self.sep_id], self.sep_id, 1)
 
     def encode(self, a: str, b: str | None = None, max_length: int = 128) -> tuple[list[int], list[int]]:
         """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] of at most max_length tokens -> ids, segments (0 for A, 1 for B)."""
@@ -481,10 +487,14 @@ def _clean(text: str) -> str:
         text = text.replace("``", '"').replace("''", '"')
     if not plain:
         # The reference lowers character by character before this, so no capital sigma sees that it ends a word.
-        text = unicodedata.normalize("NFKD", text.replace("Σ", "σ"))
-        text = "".join([c for c in text if not unicodedata.combining(c)])
-        text = _SURROGATES.sub(_REPLACEMENT, text)
+        text = _NOT_ASCII.sub(_plain, text.replace("Σ", "σ"))
     return text.lower()
+
+
+def _plain(run: re.Match) -> str:
+    """NFKD without combining marks. ASCII is its own NFKD and nothing combines across it, so run by run is exact."""
+    text = unicodedata.normalize("NFKD", run[0])
+    return _SURROGATES.sub(_REPLACEMENT, "".join([c for c in text if not unicodedata.combining(c)]))
 
 
 def _ends_in_digit_comma(piece: str) -> bool:
@@ -590,6 +600,7 @@ class RobertaTokenizer:
         self.cls_id, self.pad_id, self.sep_id, self.unk_id = (self._vocab[s] for s in ("<s>", "<pad>", "</s>", "<unk>"))
         self._symbols = _byte_symbols()
         self._words, self._cache = _word_pattern().findall, {}
+        self._join = functools.partial(_join, self.cls_id, [self.sep_id, self.sep_id], self.sep_id, 0)
 
     def _text_ids(self, text: str) -> list[int]:
         ids = []
@@ -611,9 +622,6 @@ class RobertaTokenizer:
         data = _SURROGATES.sub(_REPLACEMENT, word).encode("utf-8")
         pieces = _merge([self._symbols[byte] for byte in data], self._ranks)
         return [self._vocab.get(piece, self.unk_id) for piece in pieces]
-
-    def _join(self, a: list[int], b: list[int] | None, max_length: int):
-        return _join(a, b, max_length, self.cls_id, [self.sep_id, self.sep_id], self.sep_id, 0)
 
     def encode(self, a: str, b: str | None = None, max_length: int = 128) -> tuple[list[int], list[int]]:
         """<s> A </s> or <s> A </s></s> B </s> of at most max_length tokens -> ids, segments (all 0)."""
