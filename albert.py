@@ -127,6 +127,12 @@ class Block(nn.Module):
         a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                             # (heads,B,d)
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
+    def rest(self, h, mask, cls):
+        """The output (B,T,H), given that of the first token, cls (B,1,H)"""
+        q, k, v = self.split(self.qkv(h))                                                   # (B,heads,T,d) each
+        a = F.scaled_dot_product_attention(q[:, :, 1:], k, v, attn_mask=mask[:, None, None, :])
+        return torch.cat([cls, self.after(a.transpose(1, 2).flatten(2), h[:, 1:])], 1)      # (B,T,H)
+
     def after(self, a, h):
         """What follows the attention a (B,S,H) over tokens h (B,S,H): its projection, the feed-forward net, norms"""
         h = self.attn_norm(h + self.attn_out(a))                                            # (B,S,H)
@@ -186,7 +192,7 @@ class Albert(nn.Module):
 
     def finish(self, i, h, mask, cls, kv):
         """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
-        return self.layer(i, h, mask)
+        return self.blocks(i)[0].rest(h, mask, cls)
 
     def pool(self, h):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""

@@ -248,8 +248,8 @@ def flops(model, B, T, device):
 
 
 @torch.no_grad()
-def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
-    """Examples per second by batch size, every way in turn within one process: medians of several rounds"""
+def bench(model, settings, tokenizer, exit, split, rows=256, rounds=3):
+    """Examples per second by batch size, every way in turn within one process: medians of several rounds, on a sample of the split"""
     device, L = next(model.parameters()).device, model.num_layers
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     picked = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows].tolist()
@@ -257,8 +257,8 @@ def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
     length = statistics.mean(len(ids) for ids, _ in inputs)
     rule = lambda: make_rule(exit, settings, L)
 
-    def early(batch_size, first_tokens=None, depthwise=False):
-        model.first_tokens = first_tokens if first_tokens is not None else type(model).first_tokens
+    def early(batch_size, first_tokens=type(model).first_tokens, depthwise=False):
+        model.first_tokens = first_tokens
         with precision(device):
             return model.predict_many(inputs, rule(), batch_size, depthwise)
 
@@ -271,13 +271,12 @@ def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
     print(f"one layer {layer_rate / 1e9:.0f} GFLOP/s, a matrix product {product_rate / 1e9:.0f} GFLOP/s\n")
     print("| batch | way | examples/s | against full depth | over L / mean layer | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
     for batch_size in (1, 8, 32, 128):
-        ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
-                "rows dropped": lambda: early(batch_size, 10**9), "decided first": lambda: early(batch_size, 0),
-                "as predict_many chooses": lambda: early(batch_size)}
+        ways = {"full depth": lambda: full_depth(model, inputs, batch_size), "rows dropped": lambda: early(batch_size, 10**9),
+                "decided first": lambda: early(batch_size)}
         if model.encoder.shared:
             ways["depth-wise"] = lambda: early(batch_size, depthwise=True)
-        if batch_size == 1:
-            ways["padded to 128, as released"] = lambda: released_way(model, inputs, layers)
+        if batch_size == 32:
+            ways["one by one at length 128, as released"] = lambda: released_way(model, inputs, layers)
         seconds = {way: [] for way in ways}
         with precision(device):
             memory = {way: peak_memory(device, work) for way, work in ways.items()}     # and warms up

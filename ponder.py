@@ -13,6 +13,7 @@ shared, embed, layer and pool (and, for speed, first and finish) as albert.py ha
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -225,7 +226,7 @@ class LambdaHead(nn.Module):
         return self.last(x)[..., 0]
 
 
-CHUNK_TOKENS = 1024     # tokens whose layer stays in a CPU's caches: two chunks of 16 rows take 0.9 of the time of one of 32
+CHUNK_TOKENS, CALL_TOKENS = 1024, 32    # on a CPU: tokens whose layer stays in its caches; what a call costs beside its tokens, in tokens
 
 
 class Ponder(nn.Module):
@@ -286,8 +287,8 @@ class Ponder(nn.Module):
     def predict(self, ids, mask, segments, rule):
         """Early exit for real: computes a layer only for the rows that the rule lets go on -> logits (B,C), layers (B,) in 1..L"""
         state = rule.start(len(ids), self.num_layers, ids.device)
-        rows = torch.arange(len(ids), device=ids.device)
-        return in_order(self.descend(rows, ids, mask, segments, rule, state, len(ids)))
+        rows = lengths_of(mask).argsort(descending=True)
+        return in_order(self.descend(rows, ids[rows], mask[rows], segments[rows], rule, tuple(s[rows] for s in state), len(ids)))
 
     @torch.no_grad()
     def predict_many(self, inputs, rule, batch_size=32, depthwise=False):
@@ -305,7 +306,7 @@ class Ponder(nn.Module):
             return torch.empty(0, self.num_labels, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if depthwise:
             return in_order(self.stream(order, inputs, rule, state, batch_size))
-        finished, pool = [], max(batch_size, min(4 * batch_size, 32))   # rows that go down together, so that few are left alone
+        finished, pool = [], max(batch_size, min(16 * batch_size, 128))     # rows that go down together, so that few are left alone
         for n in range(0, len(order), pool):
             rows = torch.tensor(order[n:n + pool], device=device)
             batch = pad([inputs[row] for row in order[n:n + pool]], self.encoder, device)
@@ -313,9 +314,9 @@ class Ponder(nn.Module):
         return in_order(finished)
 
     def descend(self, rows, ids, mask, segments, rule, state, batch_size):
-        """Rows (B,) that go down the layers together, and leave as they exit; whole layers are computed for at most batch_size of them
-        at a time. Yields for those that exit: rows (n,), logits (n,C), layers (n,)"""
-        h = self.encoder.embed(ids, segments)                       # (B,T,H)
+        """Rows (B,), longest first, that go down the layers together and leave as they exit; whole layers are computed for at most
+        batch_size of them at a time. Yields for those that exit: rows (n,), logits (n,C), layers (n,)"""
+        h, lengths = self.encoder.embed(ids, segments).clone(), lengths_of(mask).tolist()   # (B,T,H), written over below
         previous = h.new_zeros(len(rows), h.shape[2])               # (B,H) pooled h_{i-1}
         for i in range(1, self.num_layers + 1):
             many = h.shape[0] * h.shape[1] >= self.first_tokens and i >= getattr(rule, "earliest", 1)
@@ -323,8 +324,8 @@ class Ponder(nn.Module):
             if first:
                 cls, kv = self.encoder.first(i, h, mask)            # (B,1,H); the rule reads no other token
             else:
-                h = in_chunks(lambda *chunk: self.encoder.layer(i, *chunk), batch_size, h, mask)            # (B,T,H)
-                cls, kv = h[:, :1], None
+                h = in_chunks(partial(self.encoder.layer, i), batch_size, lengths, None, h, mask)           # (B,T,H)
+                cls = h[:, :1]
             pooled, at = self.encoder.pool(cls), torch.full_like(rows, i)
             logits, lam = self.heads(at, pooled, previous)          # (B,C), (B,)
             state, done = rule.step(state, at, lam, logits)
@@ -333,11 +334,13 @@ class Ponder(nn.Module):
                 yield rows[leave], logits[leave], at[leave]
                 if not len(go):
                     return
-                rows, h, mask, cls, pooled, state = rows[go], h[go], mask[go], cls[go], pooled[go], tuple(s[go] for s in state)
-                kv = kv[go] if first else None
+                rows, mask, pooled, state, lengths = rows[go], mask[go], pooled[go], tuple(s[go] for s in state), [lengths[b] for b in go]
             if first:
-                h = in_chunks(lambda *chunk: self.encoder.finish(i, *chunk), batch_size, h, mask, cls, kv)  # (B,T,H)
-            previous = pooled
+                width = [h.shape[1]] * len(go) if kv.numel() else lengths   # what first() has kept may be laid out for T tokens
+                h = in_chunks(partial(self.encoder.finish, i), batch_size, width, go, h, mask, cls[go], kv[go])     # (B,T,H)
+            elif len(leave):
+                h = h[go]
+            h, mask, previous = h[:, :lengths[0]], mask[:, :lengths[0]], pooled
 
     def stream(self, order, inputs, rule, states, batch_size):
         """Depth-wise batching: inputs in the given order, longest first, through a batch whose rows stand at different layers.
@@ -393,21 +396,43 @@ def pad(inputs, encoder, device, length=None):
     return ids, torch.arange(T, device=device) < lengths.to(device, non_blocking=True)[:, None], segments
 
 
-def in_chunks(function, batch_size, h, *others):
-    """function(h (B,T,H), others (B,...)) -> (B,T,H), over chunks of even size of at most batch_size rows; on a CPU also of at most
-    CHUNK_TOKENS tokens, so that what a layer computes stays in its caches"""
-    if h.device.type == "cpu":
-        batch_size = min(batch_size, max(1, CHUNK_TOKENS // h.shape[1]))
-    n = -(-len(h) // batch_size)
-    if n == 1:
-        return function(h, *others)
-    return torch.cat([function(*chunk) for chunk in zip(*(x.tensor_split(n) for x in (h, *others)))])
+def lengths_of(mask):
+    """mask (B,T) -> the number of tokens up to the last real one (B,), at least 1"""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
+
+
+def in_chunks(function, batch_size, lengths, go, h, mask, *others):
+    """function(h[go], mask, others) -> (B,T,H) for rows of the given lengths, longest first (go None: all rows of h), a chunk at a time.
+    What comes out is written over h: row b over a row that is not read again, since go[b] >= b."""
+    out = h
+    for chunk in chunks(lengths, batch_size, h.device.type == "cpu"):
+        T = lengths[chunk.start]
+        new = function(h[chunk if go is None else go[chunk], :T], mask[chunk, :T], *(x[chunk] for x in others))
+        if out.dtype != new.dtype:
+            out = out.to(new.dtype)                                 # under autocast layer 1 has another type than the embedding
+        out[chunk, :T] = new
+    return out[:len(lengths)]
+
+
+def chunks(lengths, batch_size, cpu):
+    """Slices of at most batch_size rows of the given lengths, longest first. On a CPU a chunk has at most CHUNK_TOKENS tokens, and ends
+    where to pad more rows to its longest would cost as much as the call of another chunk."""
+    start = 0
+    while start < len(lengths):
+        T, end, padding = lengths[start], start + 1, 0
+        while end < min(len(lengths), start + batch_size):
+            padding += T - lengths[end]
+            if cpu and ((end + 1 - start) * T > CHUNK_TOKENS or padding > CALL_TOKENS):
+                break
+            end += 1
+        yield slice(start, end)
+        start = end
 
 
 def split(done):
-    """done (B,) bool -> indices of the rows that are done, and of the others; the host waits for the device once"""
+    """done (B,) bool -> lists of the rows that are done, and of the others; the host waits for the device once"""
     waited = done.tolist()
-    return [torch.tensor([b for b, stop in enumerate(waited) if stop is which], dtype=torch.int64, device=done.device) for which in (True, False)]
+    return [b for b, stop in enumerate(waited) if stop], [b for b, stop in enumerate(waited) if not stop]
 
 
 def in_order(finished):

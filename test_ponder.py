@@ -410,6 +410,47 @@ def test_predict_equals_the_rule_on_forward_at_any_batch_and_padding(kind, rule,
         assert len(layers.unique()) >= 4            # the test means something
 
 
+class Keeping(Albert):
+    """An ALBERT that keeps something of every token between first and finish, and whose embedding is not to be written to"""
+
+    def embed(self, ids, segments):
+        self.embedded = super().embed(ids, segments)
+        self.copy = self.embedded.clone()
+        return self.embedded
+
+    def first(self, i, h, mask):
+        return super().first(i, h, mask)[0], h.clone()
+
+    def finish(self, i, h, mask, cls, kv):
+        assert torch.equal(kv, h) and mask.shape == h.shape[:2]
+        assert torch.allclose(cls, super().first(i, h, mask)[0], atol=1e-5)
+        return super().layer(i, h, mask)
+
+
+def test_what_first_keeps_stays_with_its_row_and_the_embedding_as_it_was(monkeypatch):
+    monkeypatch.setattr(Ponder, "first_tokens", 1)
+    model, inputs = make(), rows(48)
+    keeping = Keeping(ALBERT_CONFIG)
+    keeping.load_state_dict(model.encoder.state_dict())
+    layers = exit_layers(QExit(0.5), *run_full(model, inputs))
+    model.encoder = keeping
+    assert (model.predict_many(inputs, QExit(0.5), 7)[1] == layers).all()
+    assert torch.equal(keeping.embedded, keeping.copy)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 40), st.booleans())
+def test_chunks_hold_every_row_once_and_keep_their_bounds(lengths, batch_size, cpu):
+    lengths = sorted(lengths, reverse=True)
+    found = list(ponder.chunks(lengths, batch_size, cpu))
+    assert [n for chunk in found for n in range(len(lengths))[chunk]] == list(range(len(lengths)))
+    for chunk in found:
+        size = chunk.stop - chunk.start
+        assert 1 <= size <= batch_size
+        if cpu and size > 1:
+            assert size * lengths[chunk.start] <= ponder.CHUNK_TOKENS
+            assert sum(lengths[chunk.start] - n for n in lengths[chunk]) <= ponder.CALL_TOKENS
+
+
 class Counting(Albert):
     """An ALBERT that notes how many rows each layer is computed for, whole or not"""
 
@@ -445,7 +486,7 @@ def test_predict_computes_no_layer_for_a_row_that_has_left(first_tokens, monkeyp
     totals = lambda calls: {i: sum(n for j, n in calls if j == i) for i, _ in calls}
     going_on = {i: int((layers > i).sum()) for i in range(1, 7) if (layers > i).any()}
     if first_tokens == 1:
-        assert totals(counting.started) == needed and totals(counting.finished) == totals(counting.whole) == going_on
+        assert totals(counting.started) == needed and totals(counting.finished) == going_on and counting.whole == []
     else:
         assert totals(counting.whole) | totals(counting.started) == needed and counting.finished == []
         assert all(i == 6 for i, _ in counting.started)
