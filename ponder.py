@@ -226,7 +226,9 @@ class LambdaHead(nn.Module):
         return self.last(x)[..., 0]
 
 
-CHUNK_TOKENS, CALL_TOKENS = 1024, 32    # on a CPU: tokens whose layer stays in its caches; what a call costs beside its tokens, in tokens
+POOL_TOKENS = 16384     # tokens that go down the layers together, so that few rows are left alone when most have left
+CHUNK_TOKENS = 1024     # on a CPU, tokens whose layer stays in its caches
+CALL_TOKENS = 32        # on a CPU, what the call of a layer costs beside its tokens, in tokens
 
 
 class Ponder(nn.Module):
@@ -306,10 +308,12 @@ class Ponder(nn.Module):
             return torch.empty(0, self.num_labels, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if depthwise:
             return in_order(self.stream(order, inputs, rule, state, batch_size))
-        finished, pool = [], max(batch_size, min(16 * batch_size, 128))     # rows that go down together, so that few are left alone
-        for n in range(0, len(order), pool):
-            rows = torch.tensor(order[n:n + pool], device=device)
-            batch = pad([inputs[row] for row in order[n:n + pool]], self.encoder, device)
+        finished = []
+        while order:
+            n = max(batch_size, POOL_TOKENS // max(1, len(inputs[order[0]][0])))
+            pool, order = order[:n], order[n:]
+            rows = torch.tensor(pool, device=device)
+            batch = pad([inputs[row] for row in pool], self.encoder, device)
             finished += self.descend(rows, *batch, rule, tuple(s[rows] for s in state), batch_size)
         return in_order(finished)
 
