@@ -383,7 +383,8 @@ class Ponder(nn.Module):
                 gone = set(done[len(new):])
                 keep = [b for b in range(len(batch)) if b not in gone]
                 batch = [batch[b] for b in keep]
-                rows, at, h, mask, previous, state = rows[keep], at[keep], h[keep], mask[keep], previous[keep], tuple(s[keep] for s in state)
+                rows, at, h, mask, previous = rows[keep], at[keep], h[keep], mask[keep], previous[keep]
+                state = tuple(s[keep] for s in state)
             longest = max((len(inputs[row][0]) for row in batch), default=0)
             h, mask = h[:, :longest], mask[:, :longest]
 
