@@ -1679,6 +1679,52 @@ def test_albert_ids_equal_the_slow_tokenizer_of_transformers(albert_folder, max_
     }  # the case occurs
 
 
+def mnli_rows(folder, rows=40):
+    draw, labels = random.Random(0), ["entailment", "neutral", "contradiction"]
+    for split in ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"):
+        names = ["index", "sentence1", "sentence2"] + ["gold_label"] * (not split.startswith("test"))
+        lines = [[str(n), *draw.choices(SENTENCES, k=2), draw.choice(labels)][:len(names)] for n in range(rows)]
+        write_file(folder, f"MNLI/{split}.tsv", "\n".join("\t".join(" ".join(x.split()) for x in line) for line in [names, *lines]) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["albert", "roberta"])
+def test_a_folder_of_pretrained_weights_is_fine_tuned_on_a_task_with_two_dev_sets(kind, albert_folder, roberta_folder, here, capsys):
+    import transformers
+
+    tokenizer = glue.load_tokenizer(albert_folder if kind == "albert" else roberta_folder)
+    small = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config, model = {
+        "albert": (transformers.AlbertConfig, transformers.AlbertModel),
+        "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
+    }[kind]
+    special = {} if kind == "albert" else {"pad_token_id": 1, "max_position_embeddings": 140, "type_vocab_size": 1}
+    model(config(**small, **special)).save_pretrained(here / "weights")
+    tokenizer.save(here / "weights")
+    mnli_rows(here / "data")
+    flags = ["--task", "mnli", "--model", str(here / "weights"), "--data-dir", str(here / "data"), "--batch-size", "16", "--max-steps", "2", "--device", "cpu"]
+    train.main(flags)
+    capsys.readouterr()
+    evaluation.main(["--json", "--device", "cpu"])
+    both = json.loads(capsys.readouterr().out)
+    parts = []
+    for split in ("dev_matched", "dev_mismatched"):
+        evaluation.main(["--json", "--device", "cpu", "--split", split])
+        parts.append(json.loads(capsys.readouterr().out))
+    assert both["score"] == pytest.approx(np.mean([part["score"] for part in parts]))
+    assert both["layers"] == np.sum([part["layers"] for part in parts], axis=0).tolist() and sum(both["layers"]) == 80
+    assert set(both["metrics"]) == {"accuracy_dev_matched", "accuracy_dev_mismatched"}
+    evaluation.main(["--sweep", "--json", "--device", "cpu"])
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 20
+    with pytest.raises(InputError, match="no labels"):
+        evaluation.main(["--sweep", "--split", "test", "--device", "cpu"])
+    with pytest.raises(InputError, match="141|from 8 to|positions"):
+        train.main([*flags, "--max-length", "512"] if kind == "roberta" else [*flags, "--max-length", "513"])
+    bigger = (here / "weights" / "config.json").read_text().replace(f'"vocab_size": {tokenizer.vocab_size}', '"vocab_size": 9')
+    (here / "weights" / "config.json").write_text(bigger)
+    with pytest.raises(InputError):
+        train.main([*flags, "--seed", "1"])
+
+
 @settings(max_examples=300, deadline=None)
 @given(odd_text, st.none() | odd_text, st.integers(4, 40))
 def test_albert_ids_equal_the_slow_tokenizer_on_any_text(albert_folder, a, b, max_length):
