@@ -248,7 +248,7 @@ def flops(model, B, T, device):
 
 
 @torch.no_grad()
-def bench(model, settings, tokenizer, exit, split, rows=128, rounds=3):
+def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
     """Examples per second by batch size, every way in turn within one process: medians of several rounds, on a sample of the split"""
     device, L = next(model.parameters()).device, model.num_layers
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])

@@ -420,18 +420,25 @@ def in_chunks(function, batch_size, lengths, go, h, mask, *others):
 
 
 def chunks(lengths, batch_size, cpu):
-    """Slices of at most batch_size rows of the given lengths, longest first. On a CPU a chunk has at most CHUNK_TOKENS tokens, and ends
-    where to pad more rows to its longest would cost as much as the call of another chunk."""
-    start = 0
-    while start < len(lengths):
-        T, end, padding = lengths[start], start + 1, 0
-        while end < min(len(lengths), start + batch_size):
-            padding += T - lengths[end]
-            if cpu and ((end + 1 - start) * T > CHUNK_TOKENS or padding > CALL_TOKENS):
-                break
-            end += 1
-        yield slice(start, end)
-        start = end
+    """Slices of at most batch_size rows of the given lengths, longest first. On a CPU a chunk has at most CHUNK_TOKENS tokens, or one row,
+    and the chunks are those that cost least: each its rows times its longest, and CALL_TOKENS for the call."""
+    if not cpu:
+        return [slice(start, start + batch_size) for start in range(0, len(lengths), batch_size)]
+    # best[end] is the least cost of the rows before end, and the start of their last chunk: the lowest that may be, or where a length
+    # starts, for a row that moves to the next chunk costs no more there if it is no longer than the longest there.
+    best, starts, lowest = [(0, 0)], [], 0
+    for end in range(1, len(lengths) + 1):
+        if end == 1 or lengths[end - 1] < lengths[end - 2]:
+            starts.append(end - 1)
+        while end - lowest > min(batch_size, max(1, CHUNK_TOKENS // lengths[lowest])):
+            lowest += 1
+        starts = [start for start in starts if start >= lowest]
+        best.append(min([(best[start][0] + CALL_TOKENS + (end - start) * lengths[start], start) for start in (lowest, *starts)]))
+    found, end = [], len(lengths)
+    while end:
+        found.append(slice(best[end][1], end))
+        end = best[end][1]
+    return found[::-1]
 
 
 def split(done):

@@ -438,17 +438,22 @@ def test_what_first_keeps_stays_with_its_row_and_the_embedding_as_it_was(monkeyp
     assert torch.equal(keeping.embedded, keeping.copy)
 
 
-@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 40), st.booleans())
-def test_chunks_hold_every_row_once_and_keep_their_bounds(lengths, batch_size, cpu):
+@given(st.lists(st.integers(1, 8) | st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 40))
+def test_chunks_on_a_cpu_are_the_cheapest_that_keep_their_bounds(lengths, batch_size):
     lengths = sorted(lengths, reverse=True)
-    found = list(ponder.chunks(lengths, batch_size, cpu))
+    may_be = lambda start, end: end - start == 1 or end - start <= batch_size and (end - start) * lengths[start] <= ponder.CHUNK_TOKENS
+    cost = lambda start, end: ponder.CALL_TOKENS + (end - start) * lengths[start]
+    least = [0]
+    for end in range(1, len(lengths) + 1):
+        least.append(min(least[start] + cost(start, end) for start in range(end) if may_be(start, end)))
+    found = ponder.chunks(lengths, batch_size, cpu=True)
     assert [n for chunk in found for n in range(len(lengths))[chunk]] == list(range(len(lengths)))
-    for chunk in found:
-        size = chunk.stop - chunk.start
-        assert 1 <= size <= batch_size
-        if cpu and size > 1:
-            assert size * lengths[chunk.start] <= ponder.CHUNK_TOKENS
-            assert sum(lengths[chunk.start] - n for n in lengths[chunk]) <= ponder.CALL_TOKENS
+    assert all(may_be(chunk.start, chunk.stop) for chunk in found)
+    assert sum(cost(chunk.start, chunk.stop) for chunk in found) == least[-1]
+
+
+def test_chunks_elsewhere_are_batches():
+    assert ponder.chunks([9, 8, 2, 1, 1], 2, cpu=False) == [slice(0, 2), slice(2, 4), slice(4, 6)]
 
 
 class Counting(Albert):
