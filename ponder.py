@@ -424,8 +424,8 @@ def chunks(lengths, batch_size, cpu):
     and the chunks are those that cost least: each its rows times its longest, and CALL_TOKENS for the call."""
     if not cpu:
         return [slice(start, start + batch_size) for start in range(0, len(lengths), batch_size)]
-    # best[end] is the least cost of the rows before end, and the start of their last chunk: the lowest that may be, or where a length
-    # starts, for a row that moves to the next chunk costs no more there if it is no longer than the longest there.
+    # best[end]: the least cost of rows 0..end-1, and where their last chunk starts. It starts as early as the bounds allow (lowest), or at
+    # the first row of some length (starts): between rows of one length the cut may move up, for the later chunk pads none of them.
     best, starts, lowest = [(0, 0)], [], 0
     for end in range(1, len(lengths) + 1):
         if end == 1 or lengths[end - 1] < lengths[end - 2]:
