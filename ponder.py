@@ -228,7 +228,6 @@ class LambdaHead(nn.Module):
 
 POOL_TOKENS = 16384     # tokens that go down the layers together, so that few rows are left alone when most have left
 CHUNK_TOKENS = 1024     # on a CPU, tokens whose layer stays in its caches
-CALL_TOKENS = 32        # on a CPU, what the call of a layer costs beside its tokens, in tokens
 
 
 class Ponder(nn.Module):
@@ -350,7 +349,7 @@ class Ponder(nn.Module):
         """Depth-wise batching: inputs in the given order, longest first, through a batch whose rows stand at different layers.
 
         A row that exits makes room for the next input, so the batch keeps its shape until none is left, and then shrinks. Yields as
-        descend does. The host waits for the device once a step, at tolist().
+        descend does. The host waits for the device once a step, in split().
         """
         L, device = self.num_layers, next(self.parameters()).device
         batch, queue = order[:batch_size], iter(order[batch_size:])
@@ -359,28 +358,35 @@ class Ponder(nn.Module):
         previous = h.new_zeros(len(batch), h.shape[2])              # (B,H)
         rows = torch.tensor(batch, device=device)
         at, state = torch.ones_like(rows), tuple(s[rows] for s in states)
+        waiting = []                                                # the next inputs, embedded together
         while batch:
             h = self.encoder.layer(1, h, mask)                      # (B,T,H); one layer is like another
             pooled = self.encoder.pool(h)                           # (B,H)
             logits, lam = self.heads(at, pooled, previous)
             state, done = rule.step(state, at, lam, logits)
-            done = [b for b, stop in enumerate((done | (at == L)).tolist()) if stop]
+            done, _ = split(done | (at == L))
             if done:
-                yield rows[done], logits[done], at[done]
+                left = torch.tensor(done, device=device)
+                yield rows[left], logits[left], at[left]
             at, previous = at + 1, pooled
-            new = list(itertools.islice(queue, len(done)))
-            if new:
-                fill = done[:len(new)]
-                ids, mask[fill], segments = pad([inputs[row] for row in new], self.encoder, device, h.shape[1])
-                h[fill] = self.encoder.embed(ids, segments).to(h.dtype)
-                rows[fill] = torch.tensor(new, device=device)
-                at[fill], previous[fill] = 1, 0
+            while done:
+                if not waiting:
+                    waiting = list(itertools.islice(queue, batch_size))
+                    if not waiting:
+                        break
+                    ids, real, segments = pad([inputs[row] for row in waiting], self.encoder, device)
+                    embedded = self.encoder.embed(ids, segments).to(h.dtype)
+                n, T = min(len(done), len(waiting)), embedded.shape[1]
+                fill, new = torch.tensor(done[:n], device=device), torch.tensor(waiting[:n], device=device)
+                h[fill, :T], mask[fill, :T], mask[fill, T:] = embedded[:n], real[:n], False
+                rows[fill], at[fill], previous[fill] = new, 1, 0
                 for s, start in zip(state, states):
                     s[fill] = start[new].to(s.dtype)
-                for b, row in zip(fill, new):
+                for b, row in zip(done, waiting):
                     batch[b] = row
-            if len(new) < len(done):
-                gone = set(done[len(new):])
+                done, waiting, embedded, real = done[n:], waiting[n:], embedded[n:], real[n:]
+            if done:
+                gone = set(done)
                 keep = [b for b in range(len(batch)) if b not in gone]
                 batch = [batch[b] for b in keep]
                 rows, at, h, mask, previous = rows[keep], at[keep], h[keep], mask[keep], previous[keep]
@@ -420,25 +426,14 @@ def in_chunks(function, batch_size, lengths, go, h, mask, *others):
 
 
 def chunks(lengths, batch_size, cpu):
-    """Slices of at most batch_size rows of the given lengths, longest first. On a CPU a chunk has at most CHUNK_TOKENS tokens, or one row,
-    and the chunks are those that cost least: each its rows times its longest, and CALL_TOKENS for the call."""
-    if not cpu:
-        return [slice(start, start + batch_size) for start in range(0, len(lengths), batch_size)]
-    # best[end]: the least cost of rows 0..end-1, and where their last chunk starts. It starts as early as the bounds allow (lowest), or at
-    # the first row of some length (starts): between rows of one length the cut may move up, for the later chunk pads none of them.
-    best, starts, lowest = [(0, 0)], [], 0
-    for end in range(1, len(lengths) + 1):
-        if end == 1 or lengths[end - 1] < lengths[end - 2]:
-            starts.append(end - 1)
-        while end - lowest > min(batch_size, max(1, CHUNK_TOKENS // lengths[lowest])):
-            lowest += 1
-        starts = [start for start in starts if start >= lowest]
-        best.append(min([(best[start][0] + CALL_TOKENS + (end - start) * lengths[start], start) for start in (lowest, *starts)]))
-    found, end = [], len(lengths)
-    while end:
-        found.append(slice(best[end][1], end))
-        end = best[end][1]
-    return found[::-1]
+    """Slices of at most batch_size rows of the given lengths, longest first; on a CPU of at most CHUNK_TOKENS tokens, or one row"""
+    found, start = [], 0
+    while start < len(lengths):
+        rows = min(batch_size, max(1, CHUNK_TOKENS // lengths[start])) if cpu else batch_size
+        end = min(start + rows, len(lengths))
+        found.append(slice(start, end))
+        start = end
+    return found
 
 
 def split(done):

@@ -438,22 +438,30 @@ def test_what_first_keeps_stays_with_its_row_and_the_embedding_as_it_was(monkeyp
     assert torch.equal(keeping.embedded, keeping.copy)
 
 
-@given(st.lists(st.integers(1, 8) | st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 40))
-def test_chunks_on_a_cpu_are_the_cheapest_that_keep_their_bounds(lengths, batch_size):
+@given(st.lists(st.integers(1, 8) | st.integers(1, 600) | st.integers(900, 1200), min_size=1, max_size=60), st.integers(1, 40), st.booleans())
+def test_chunks_cover_the_rows_keep_their_bounds_and_are_as_few_as_those_allow(lengths, batch_size, cpu):
     lengths = sorted(lengths, reverse=True)
-    may_be = lambda start, end: end - start == 1 or end - start <= batch_size and (end - start) * lengths[start] <= ponder.CHUNK_TOKENS
-    cost = lambda start, end: ponder.CALL_TOKENS + (end - start) * lengths[start]
-    least = [0]
+    may_be = lambda start, end: end - start == 1 or end - start <= batch_size and (not cpu or (end - start) * lengths[start] <= ponder.CHUNK_TOKENS)
+    fewest = [0]
     for end in range(1, len(lengths) + 1):
-        least.append(min(least[start] + cost(start, end) for start in range(end) if may_be(start, end)))
-    found = ponder.chunks(lengths, batch_size, cpu=True)
-    assert [n for chunk in found for n in range(len(lengths))[chunk]] == list(range(len(lengths)))
-    assert all(may_be(chunk.start, chunk.stop) for chunk in found)
-    assert sum(cost(chunk.start, chunk.stop) for chunk in found) == least[-1]
+        fewest.append(1 + min(fewest[start] for start in range(end) if may_be(start, end)))
+    found = ponder.chunks(lengths, batch_size, cpu)
+    assert [n for chunk in found for n in range(chunk.start, chunk.stop)] == list(range(len(lengths)))
+    assert all(may_be(chunk.start, chunk.stop) for chunk in found) and len(found) == fewest[-1]
 
 
-def test_chunks_elsewhere_are_batches():
-    assert ponder.chunks([9, 8, 2, 1, 1], 2, cpu=False) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+@pytest.mark.parametrize("first_tokens", [1, 10**9])
+def test_predict_many_in_the_chunks_of_an_accelerator_equals_the_rule_on_forward(first_tokens, monkeypatch):
+    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
+    elsewhere = ponder.chunks
+    monkeypatch.setattr(ponder, "chunks", lambda lengths, batch_size, cpu: elsewhere(lengths, batch_size, False))
+    model, inputs = make(), rows(48)
+    full_logits, lam = run_full(model, inputs)
+    layers = exit_layers(QExit(0.5), full_logits, lam)
+    for batch_size in (1, 7, 32):
+        logits, got = model.predict_many(inputs, QExit(0.5), batch_size)
+        assert (got == layers).all()
+        torch.testing.assert_close(logits, full_logits[torch.arange(48), layers - 1], atol=1e-4, rtol=1e-4)
 
 
 class Counting(Albert):
@@ -1202,6 +1210,22 @@ def test_first_and_finish_together_are_the_layer_whichever_rows_were_dropped(con
             finished = model.finish(i, h[keep], mask[keep], cls[keep], kv[keep])
             torch.testing.assert_close(finished, expected[keep], atol=2e-6, rtol=0)
         h = expected
+
+
+@pytest.mark.parametrize("config", ONE_BLOCK)
+def test_finish_packs_many_tokens_and_gives_the_layer_at_all_that_are_real(config):
+    model = encoder(config)
+    ids, mask, segments = random_batch(config, 30, 13)
+    mask[::3, 5] = False                                            # holes too
+    h = model.embed(ids, segments).detach().requires_grad_()
+    assert mask.numel() > albert.PACK_TOKENS == roberta.PACK_TOKENS and not mask.all()
+    expected, (cls, kv) = model.layer(1, h, mask), model.first(1, h, mask)
+    finished = model.finish(1, h, mask, cls, kv)
+    torch.testing.assert_close(finished[mask], expected[mask], atol=2e-6, rtol=0)
+    assert (finished[:, 1:][~mask[:, 1:]] == 0).all()
+    weight = torch.randn(expected[mask].shape, generator=torch.Generator().manual_seed(0))
+    want, got = (torch.autograd.grad((out[mask] * weight).sum(), h)[0] for out in (expected, finished))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_an_encoder_with_inner_blocks_offers_no_first():
