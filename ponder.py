@@ -226,8 +226,8 @@ class LambdaHead(nn.Module):
         return self.last(x)[..., 0]
 
 
-POOL_TOKENS = 16384     # tokens that go down the layers together, so that few rows are left alone when most have left
-CHUNK_TOKENS = 1024     # on a CPU, tokens whose layer stays in its caches
+POOL_TOKENS = 24576     # tokens that go down the layers together, so that few rows are left alone when most have left
+CHUNK_TOKENS = 1536     # on a CPU, tokens of a layer at a time: more gain little, and take memory
 
 
 class Ponder(nn.Module):
