@@ -227,7 +227,7 @@ class LambdaHead(nn.Module):
 
 
 POOL_TOKENS = 24576     # tokens that go down the layers together, so that few rows are left alone when most have left
-CHUNK_TOKENS = 1536     # on a CPU, tokens of a layer at a time: more gain little, and take memory
+CHUNK_TOKENS = 1024     # on a CPU, tokens of a layer at a time; measured against 512 to 1,536
 
 
 class Ponder(nn.Module):
@@ -319,15 +319,20 @@ class Ponder(nn.Module):
     def descend(self, rows, ids, mask, segments, rule, state, batch_size):
         """Rows (B,), longest first, that go down the layers together and leave as they exit; whole layers are computed for at most
         batch_size of them at a time. Yields for those that exit: rows (n,), logits (n,C), layers (n,)"""
-        h, lengths = self.encoder.embed(ids, segments).clone(), lengths_of(mask).tolist()   # (B,T,H), written over below
-        previous = h.new_zeros(len(rows), h.shape[2])               # (B,H) pooled h_{i-1}
+        lengths, H = lengths_of(mask).tolist(), self.encoder.hidden_size
+        h = next(self.parameters()).new_zeros(*ids.shape, H)        # (B,T,H), written over below
+        chunked = partial(chunks, batch_size=batch_size, cpu=h.device.type == "cpu")
+        for c, T in chunked(lengths):
+            h[c, :T] = self.encoder.embed(ids[c, :T], segments[c, :T])
+        previous = h.new_zeros(len(rows), H)                        # (B,H) pooled h_{i-1}
         for i in range(1, self.num_layers + 1):
             many = h.shape[0] * h.shape[1] >= self.first_tokens and i >= getattr(rule, "earliest", 1)
             first = self.can_decide_first and (i == self.num_layers or many)
             if first:
                 cls, kv = self.encoder.first(i, h, mask)            # (B,1,H); the rule reads no other token
             else:
-                h = in_chunks(partial(self.encoder.layer, i), batch_size, lengths, None, h, mask)           # (B,T,H)
+                for c, T in chunked(lengths):
+                    h[c, :T] = self.encoder.layer(i, h[c, :T], mask[c, :T])
                 cls = h[:, :1]
             pooled, at = self.encoder.pool(cls), torch.full_like(rows, i)
             logits, lam = self.heads(at, pooled, previous)          # (B,C), (B,)
@@ -337,13 +342,16 @@ class Ponder(nn.Module):
                 yield rows[leave], logits[leave], at[leave]
                 if not len(go):
                     return
-                rows, mask, pooled, state, lengths = rows[go], mask[go], pooled[go], tuple(s[go] for s in state), [lengths[b] for b in go]
+            lengths, go = [lengths[b] for b in go], torch.tensor(go, device=rows.device)
+            rows, mask, previous, state = rows[go], mask[go], pooled[go], tuple(s[go] for s in state)
             if first:
                 width = [h.shape[1]] * len(go) if kv.numel() else lengths   # what first() has kept may be laid out for T tokens
-                h = in_chunks(partial(self.encoder.finish, i), batch_size, width, go, h, mask, cls[go], kv[go])     # (B,T,H)
+                for c, T in chunked(width):                         # written over rows that are not read again: go[b] >= b
+                    h[c, :T] = self.encoder.finish(i, h[:, :T].index_select(0, go[c]), mask[c, :T], cls[go[c]], kv[go[c]])
+                h = h[:len(go)]
             elif len(leave):
                 h = h[go]
-            h, mask, previous = h[:, :lengths[0]], mask[:, :lengths[0]], pooled
+            h, mask = h[:, :lengths[0]], mask[:, :lengths[0]]
 
     def stream(self, order, inputs, rule, states, batch_size):
         """Depth-wise batching: inputs in the given order, longest first, through a batch whose rows stand at different layers.
@@ -412,28 +420,15 @@ def lengths_of(mask):
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
 
 
-def in_chunks(function, batch_size, lengths, go, h, mask, *others):
-    """function(h[go], mask, others) -> (B,T,H) for rows of the given lengths, longest first (go None: all rows of h), a chunk at a time.
-    What comes out is written over h: row b over a row that is not read again, since go[b] >= b."""
-    out = h
-    for chunk in chunks(lengths, batch_size, h.device.type == "cpu"):
-        T = lengths[chunk.start]
-        new = function(h[chunk if go is None else go[chunk], :T], mask[chunk, :T], *(x[chunk] for x in others))
-        if out.dtype != new.dtype:
-            out = out.to(new.dtype)                                 # under autocast layer 1 has another type than the embedding
-        out[chunk, :T] = new
-    return out[:len(lengths)]
-
-
 def chunks(lengths, batch_size, cpu):
-    """Slices of at most batch_size rows of the given lengths, longest first; on a CPU of at most CHUNK_TOKENS tokens, or one row"""
-    found, start = [], 0
+    """Rows of the given lengths, longest first, as slices of at most batch_size, on a CPU also of at most CHUNK_TOKENS tokens or one row
+    -> slice, T, its longest row"""
+    start = 0
     while start < len(lengths):
-        rows = min(batch_size, max(1, CHUNK_TOKENS // lengths[start])) if cpu else batch_size
-        end = min(start + rows, len(lengths))
-        found.append(slice(start, end))
+        T = lengths[start]
+        end = min(len(lengths), start + (min(batch_size, max(1, CHUNK_TOKENS // T)) if cpu else batch_size))
+        yield slice(start, end), T
         start = end
-    return found
 
 
 def split(done):

@@ -3,6 +3,7 @@
 The same contract as albert.py, so that ponder.py takes either. B batch, T tokens, H hidden, L layers, as in ponder.py.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +62,6 @@ SHA256 = {
 }
 
 
-PACK_TOKENS = 256    # B * T of a batch from which on a CPU packing pays: measured at 224 tokens and more, nothing at 112
-
-
 class Block(nn.Module):
     """One Transformer layer, as in albert.py, and written again so that either file is read alone."""
 
@@ -79,16 +77,13 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(config.intermediate_size, H)
         self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
 
-    def split(self, x):
-        """(B,T,nH) -> n tensors (B,heads,T,H/heads)"""
-        B, T, nH = x.shape
-        H = self.attn_out.in_features
-        return x.view(B, T, nH // H, self.heads, H // self.heads).permute(2, 0, 3, 1, 4).unbind()
-
     def forward(self, h, mask):
-        q, k, v = self.split(self.qkv(h))                                                   # (B,heads,T,d) each
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])       # (B,heads,T,d)
-        return self.after(a.transpose(1, 2).flatten(2), h)                                  # (B,T,H)
+        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)              # (B,T,H)
+
+    def attend(self, qkv, mask=None):
+        """Attention of every token to those where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # (B,heads,T,d) each
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def first(self, h, mask):
         """The output for the first token alone (B,1,H), at the price of little more than its own row.
@@ -108,17 +103,22 @@ class Block(nn.Module):
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def rest(self, h, mask, cls):
-        """The output (B,T,H), given that of the first token, cls (B,1,H). On a CPU, many tokens are packed: what follows
-        the attention is not computed for padding, where the output is then 0."""
-        q, k, v = self.split(self.qkv(h))                                                   # (B,heads,T,d) each
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]).transpose(1, 2).flatten(2)
-        todo = slice(None), slice(1, None)
-        if h.device.type == "cpu" and mask.numel() > PACK_TOKENS:
-            todo = mask.index_fill(1, torch.tensor([0]), False).nonzero(as_tuple=True)      # two of (n,)
-        x = self.after(a[todo], h[todo])                                                    # (B,T-1,H) or (n,H)
+        """The output (B,T,H), given that of the first token, cls (B,1,H). On a CPU nothing is computed for padding: the real
+        tokens are packed, and neighbouring rows that have as many attend together. The output of padding is then 0."""
+        if h.device.type != "cpu" or mask.all():
+            a = self.attend(self.qkv(h), mask[:, None, None, :])
+            return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
+        real = mask.flatten().nonzero()[:, 0]                                               # (n,)
+        x = h.flatten(0, 1).index_select(0, real)                                           # (n,H)
+        runs = [(T, len(list(same))) for T, same in itertools.groupby(mask.sum(1).tolist())]
+        parts = self.qkv(x).split([n * T for T, n in runs])                                 # (n T,3H) each
+        a = torch.cat([self.attend(part.unflatten(0, (n, T))).flatten(0, 1) for (T, n), part in zip(runs, parts)])
+        todo = (real % mask.shape[1]).nonzero()[:, 0]
+        x = self.after(a.index_select(0, todo), x.index_select(0, todo))
         out = x.new_zeros(h.shape)
-        out[:, :1], out[todo] = cls, x
-        return out                                                                          # (B,T,H)
+        out.flatten(0, 1).index_copy_(0, real[todo], x)
+        out[:, :1] = cls
+        return out
 
     def after(self, a, h):
         """What follows the attention a (...,H) over tokens h (...,H): its projection, the feed-forward net, norms"""
