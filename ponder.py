@@ -356,51 +356,37 @@ class Ponder(nn.Module):
     def stream(self, order, inputs, rule, states, batch_size):
         """Depth-wise batching: inputs in the given order, longest first, through a batch whose rows stand at different layers.
 
-        A row that exits makes room for the next input, so the batch keeps its shape until none is left, and then shrinks. Yields as
-        descend does. The host waits for the device once a step, in split().
+        Rows that go on move up, and the next inputs, none of them longer, join below: the batch stays full until no input is left,
+        and then shrinks. On a CPU it is many batches large, as in descend, and goes through the layer batch_size rows at a time.
+        Yields as descend does. The host waits for the device once a step, in split().
         """
-        L, device = self.num_layers, next(self.parameters()).device
-        batch, queue = order[:batch_size], iter(order[batch_size:])
-        ids, mask, segments = pad([inputs[row] for row in batch], self.encoder, device)
-        h = self.encoder.embed(ids, segments)                       # (B,T,H)
-        previous = h.new_zeros(len(batch), h.shape[2])              # (B,H)
-        rows = torch.tensor(batch, device=device)
-        at, state = torch.ones_like(rows), tuple(s[rows] for s in states)
-        waiting = []                                                # the next inputs, embedded together
-        while batch:
-            h = self.encoder.layer(1, h, mask)                      # (B,T,H); one layer is like another
-            pooled = self.encoder.pool(h)                           # (B,H)
+        h = next(self.parameters()).new_zeros(0, len(inputs[order[0]][0]), self.encoder.hidden_size)
+        device, pooled, state, batch, queue = h.device, h[:, 0], tuple(s[:0] for s in states), [], iter(order)
+        size = batch_size * (max(1, POOL_TOKENS // (batch_size * h.shape[1])) if device.type == "cpu" else 1)
+        while True:
+            new = list(itertools.islice(queue, size - len(batch)))
+            batch += [(row, 1, len(inputs[row][0])) for row in new]
+            if not batch:
+                return
+            lengths = [length for _, _, length in batch]
+            h, previous = h[:, :lengths[0]], F.pad(pooled, (0, 0, 0, len(new)))     # (B,H)
+            if new:
+                ids, _, segments = pad([inputs[row] for row in new], self.encoder, device, lengths[0])
+                h = torch.cat([h, self.encoder.embed(ids, segments)])               # (B,T,H)
+            rows, at, ends = torch.tensor(batch, device=device).unbind(1)           # (B,) each
+            mask = torch.arange(lengths[0], device=device) < ends[:, None]          # (B,T)
+            state = tuple(torch.cat([s, start[rows[len(s):]]]) for s, start in zip(state, states))
+            for c, T in chunks(lengths, batch_size, cpu=False):
+                h[c, :T] = self.encoder.layer(1, h[c, :T], mask[c, :T])             # one layer is like another
+            pooled = self.encoder.pool(h)                                           # (B,H)
             logits, lam = self.heads(at, pooled, previous)
             state, done = rule.step(state, at, lam, logits)
-            done, _ = split(done | (at == L))
-            if done:
-                left = torch.tensor(done, device=device)
-                yield rows[left], logits[left], at[left]
-            at, previous = at + 1, pooled
-            while done:
-                if not waiting:
-                    waiting = list(itertools.islice(queue, batch_size))
-                    if not waiting:
-                        break
-                    ids, real, segments = pad([inputs[row] for row in waiting], self.encoder, device)
-                    embedded = self.encoder.embed(ids, segments).to(h.dtype)
-                n, T = min(len(done), len(waiting)), embedded.shape[1]
-                fill, new = torch.tensor(done[:n], device=device), torch.tensor(waiting[:n], device=device)
-                h[fill, :T], mask[fill, :T], mask[fill, T:] = embedded[:n], real[:n], False
-                rows[fill], at[fill], previous[fill] = new, 1, 0
-                for s, start in zip(state, states):
-                    s[fill] = start[new].to(s.dtype)
-                for b, row in zip(done, waiting):
-                    batch[b] = row
-                done, waiting, embedded, real = done[n:], waiting[n:], embedded[n:], real[n:]
-            if done:
-                gone = set(done)
-                keep = [b for b in range(len(batch)) if b not in gone]
-                batch = [batch[b] for b in keep]
-                rows, at, h, mask, previous = rows[keep], at[keep], h[keep], mask[keep], previous[keep]
-                state = tuple(s[keep] for s in state)
-            longest = max((len(inputs[row][0]) for row in batch), default=0)
-            h, mask = h[:, :longest], mask[:, :longest]
+            leave, go = split(done | (at == self.num_layers))
+            if leave:
+                yield rows[leave], logits[leave], at[leave]
+                keep = torch.tensor(go, dtype=torch.int64, device=device)
+                h, pooled, state = h.index_select(0, keep), pooled[keep], tuple(s[keep] for s in state)
+            batch = [(row, i + 1, length) for row, i, length in (batch[b] for b in go)]
 
 
 def pad(inputs, encoder, device, length=None):
