@@ -210,7 +210,7 @@ def released_way(model, inputs, layers, length=128):
         for i in range(1, last + 1):
             h = model.encoder.layer(i, h, mask)
             pooled = model.encoder.pool(h)
-            logits, _ = model.heads(torch.tensor([i], device=ids.device), pooled, previous)
+            logits, _ = model.heads(torch.full((1,), i, device=ids.device), pooled, previous)
             previous = pooled
         outputs.append(logits)
     return torch.cat(outputs)

@@ -311,7 +311,7 @@ class Ponder(nn.Module):
         while order:
             n = max(batch_size, POOL_TOKENS // max(1, len(inputs[order[0]][0])))
             pool, order = order[:n], order[n:]
-            rows = torch.tensor(pool, device=device)
+            rows = upload(pool, device)
             batch = pad([inputs[row] for row in pool], self.encoder, device)
             finished += self.descend(rows, *batch, rule, tuple(s[rows] for s in state), batch_size)
         return in_order(finished)
@@ -338,18 +338,19 @@ class Ponder(nn.Module):
             logits, lam = self.heads(at, pooled, previous)          # (B,C), (B,)
             state, done = rule.step(state, at, lam, logits)
             leave, go = split(done | (at == self.num_layers))
-            if len(leave):
-                yield rows[leave], logits[leave], at[leave]
-                if not len(go):
+            if leave:
+                left = upload(leave, rows.device)
+                yield rows[left], logits[left], at[left]
+                if not go:
                     return
-            lengths, go = [lengths[b] for b in go], torch.tensor(go, device=rows.device)
+            lengths, go = [lengths[b] for b in go], upload(go, rows.device)
             rows, mask, previous, state = rows[go], mask[go], pooled[go], tuple(s[go] for s in state)
             if first:
                 width = [h.shape[1]] * len(go) if kv.numel() else lengths   # what first() has kept may be laid out for T tokens
                 for c, T in chunked(width):                         # written over rows that are not read again: go[b] >= b
                     h[c, :T] = self.encoder.finish(i, h[:, :T].index_select(0, go[c]), mask[c, :T], cls[go[c]], kv[go[c]])
                 h = h[:len(go)]
-            elif len(leave):
+            elif leave:
                 h = h[go]
             h, mask = h[:, :lengths[0]], mask[:, :lengths[0]]
 
@@ -373,7 +374,7 @@ class Ponder(nn.Module):
             if new:
                 ids, _, segments = pad([inputs[row] for row in new], self.encoder, device, lengths[0])
                 h = torch.cat([h, self.encoder.embed(ids, segments)])               # (B,T,H)
-            rows, at, ends = torch.tensor(batch, device=device).unbind(1)           # (B,) each
+            rows, at, ends = upload(batch, device).unbind(1)                        # (B,) each
             mask = torch.arange(lengths[0], device=device) < ends[:, None]          # (B,T)
             state = tuple(torch.cat([s, start[rows[len(s):]]]) for s, start in zip(state, states))
             for c, T in chunks(lengths, batch_size, cpu=False):
@@ -383,8 +384,8 @@ class Ponder(nn.Module):
             state, done = rule.step(state, at, lam, logits)
             leave, go = split(done | (at == self.num_layers))
             if leave:
-                yield rows[leave], logits[leave], at[leave]
-                keep = torch.tensor(go, dtype=torch.int64, device=device)
+                left, keep = upload(leave, device), upload(go, device)
+                yield rows[left], logits[left], at[left]
                 h, pooled, state = h.index_select(0, keep), pooled[keep], tuple(s[keep] for s in state)
             batch = [(row, i + 1, length) for row, i, length in (batch[b] for b in go)]
 
@@ -393,12 +394,16 @@ def pad(inputs, encoder, device, length=None):
     """list of (ids, segments) -> ids (B,T) int64, mask (B,T) bool, True = a real token, segments (B,T) int64; T the longest, or length"""
     T = length or max(len(ids) for ids, _ in inputs)
     pad_id = getattr(encoder, "pad_id", 0)
-    packed = torch.tensor([[ids + [pad_id] * (T - len(ids)), segments + [0] * (T - len(ids))] for ids, segments in inputs])
-    lengths = torch.tensor([len(ids) for ids, _ in inputs])
-    if torch.device(device).type == "cuda":
-        packed, lengths = packed.pin_memory(), lengths.pin_memory()                         # so that the host need not wait
-    ids, segments = packed.to(device, non_blocking=True).unbind(1)
-    return ids, torch.arange(T, device=device) < lengths.to(device, non_blocking=True)[:, None], segments
+    packed = upload([[ids + [pad_id] * (T - len(ids)), segments + [0] * (T - len(ids))] for ids, segments in inputs], device)
+    lengths = upload([len(ids) for ids, _ in inputs], device)
+    ids, segments = packed.unbind(1)
+    return ids, torch.arange(T, device=device) < lengths[:, None], segments
+
+
+def upload(values, device, dtype=torch.int64):
+    """Nested lists of numbers -> a tensor on the device; the host does not wait for a GPU, as it would for memory that is not pinned"""
+    x, cuda = torch.tensor(values, dtype=dtype), torch.device(device).type == "cuda"
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
 
 def lengths_of(mask):

@@ -37,7 +37,7 @@ import roberta
 from checkpoint import InputError, atomic_write, read_json, read_safetensors, read_torch, sha256_file, write_safetensors
 from glue import TASKS, buckets, load, load_tokenizer, score, sources, train_tokenizer
 from ponder import (EntropyExit, FixedExit, PatienceExit, Ponder, QExit, SampleExit, elbo_loss, exit_distribution, exit_layers,
-                    expected_prediction, geometric_prior, layer_losses, layer_weighted_loss, pad)
+                    expected_prediction, geometric_prior, layer_losses, layer_weighted_loss, pad, upload)
 
 RUNS = Path("runs")
 LOG_EVERY = 50      # steps between two looks at the device: losses wait there until then
@@ -428,7 +428,7 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     optimizer.zero_grad()
     if share:
         batch = pad([inputs[row] for row in local], model.encoder, device)
-        targets = torch.tensor([labels[row] for row in local]).to(device)
+        targets = upload([labels[row] for row in local], device, dtype=None)    # class indices, or floats
         with precision(device):
             logits, lam = model(*batch)
         loss, named = loss_of(settings, logits, lam, targets, prior)
