@@ -47,18 +47,21 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
 
 import albert
+import bert
 import checkpoint
 import eval as evaluation
 import glue
 import ponder
-import roberta
+import paper
+import run as run_module
+import text as text_module
 import train
 from albert import Albert, AlbertConfig
 from checkpoint import InputError, assign, read_safetensors
 from ponder import (EntropyExit, FixedExit, LambdaHead, PatienceExit, Ponder, QExit, SampleExit, elbo_loss,
     exit_distribution, exit_layers, expected_prediction, geometric_prior, kl_divergence, layer_losses,
     layer_weighted_loss, pad)
-from roberta import Roberta, RobertaConfig
+from bert import Roberta, RobertaConfig
 from testdata.make_tf_checkpoint import CONFIG as TF_CONFIG, values as tf_values
 
 
@@ -616,7 +619,7 @@ def test_the_task_loss_at_initialisation_is_ln_c(C):
 
 @pytest.mark.parametrize("method, task", [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("finetune", 2)])
 def test_one_batch_overfits_to_zero(method, task):
-    settings_ = train.make_settings(task="parity", method=method, lr=3e-3, lambda_lr=3e-3 if method == "palbert" else None, beta=0.0, dropout=0.0)
+    settings_ = run_module.make_settings(task="parity", method=method, lr=3e-3, lambda_lr=3e-3 if method == "palbert" else None, beta=0.0, dropout=0.0)
     torch.manual_seed(1)
     model = Ponder(Albert(ALBERT_CONFIG), task, lambda_layers=settings_.lambda_layers if settings_.has_lambda else 0, per_layer=method == "pabee")
     optimizer, inputs = train.make_optimizer(model, settings_), rows(16)
@@ -693,10 +696,10 @@ QUICK = ["--max-steps", "3", "--device", "cpu"]
 @pytest.fixture
 def small_parity(monkeypatch):
     """The built-in task with fewer rows, for tests of the machinery around it"""
-    real = train.load
+    real = glue.load
     sizes = {"train": 320, "dev": 40, "test": 20}
-    monkeypatch.setattr(train, "load", lambda task, split, data_dir=None: real(task, split, data_dir)[:sizes.get(split, 40)])
-    monkeypatch.setattr(evaluation, "load", train.load)
+    for module in (run_module, train, paper):
+        monkeypatch.setattr(module, "load", lambda task, split, data_dir=None: real(task, split, data_dir)[:sizes.get(split, 40)])
 
 
 @pytest.mark.parametrize("method, exits", [("palbert", ("q", "sample", "expectation", "last")), ("pondernet", ("sample", "q")), ("pabee", ("patience", "entropy", "last")), ("finetune", ("last",))])
@@ -716,7 +719,7 @@ def test_every_preset_trains_evaluates_and_explains(method, exits, here, small_p
         if exit != "expectation":
             evaluation.main(["--exit", exit, "--text", "the red cat sleeps", "--text-b", "they deny that the red cat sleeps", "--device", "cpu"])
             assert capsys.readouterr().out.count("\n") == 16
-        if exit in evaluation.SWEEPS:
+        if exit in run_module.SWEEPS:
             evaluation.main(["--exit", exit, "--sweep", "--json", "--device", "cpu"])
             rows_ = json.loads(capsys.readouterr().out)["rows"]
             assert all(a["mean_layer"] <= b["mean_layer"] for a, b in zip(rows_, rows_[1:])) or exit == "entropy"
@@ -731,22 +734,22 @@ def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(here
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
     assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
-    settings_, tokenizer, model = train.load_run(train.find_run(), torch.device("cpu"))
-    inputs, _ = train.read_split(settings_, tokenizer, "dev")
+    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
+    inputs, _ = run_module.read_split(settings_, tokenizer, "dev")
     logits, layers = model.predict_many(inputs, QExit(0.5))
     with torch.no_grad():
-        assert torch.allclose(evaluation.released_way(model, inputs, layers), logits, atol=1e-4)
-        whole = evaluation.full_depth(model, inputs, 8)
+        assert torch.allclose(paper.released_way(model, inputs, layers), logits, atol=1e-4)
+        whole = paper.full_depth(model, inputs, 8)
     order = [row for batch in glue.buckets([len(ids) for ids, _ in inputs], 8) for row in batch]
     assert torch.allclose(whole, model.predict_many([inputs[row] for row in order], FixedExit(12))[0], atol=1e-4)
 
 
 def test_the_expectation_is_computed_from_the_same_pass_as_every_q(here, small_parity):
     train.main(QUICK)
-    settings_, tokenizer, model = train.load_run(train.find_run(), torch.device("cpu"))
-    inputs, labels = train.read_split(settings_, tokenizer, "dev")
-    logits, lam = train.all_layers(model, inputs)
-    outputs, layers = train.leave("expectation", settings_, logits, lam)
+    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
+    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
+    logits, lam = run_module.all_layers(model, inputs)
+    outputs, layers = run_module.apply_exit("expectation", settings_, logits, lam)
     assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam))) and (layers == 12).all()
     one_by_one = [model(*pad([row], model.encoder, "cpu")) for row in inputs[:5]]
     assert all(torch.allclose(logits[n], one[0][0], atol=1e-4) for n, one in enumerate(one_by_one))
@@ -851,7 +854,7 @@ def test_a_run_killed_by_sigkill_or_sigint_resumes_to_the_same_bits(here):
 
 def test_evaluating_more_often_changes_no_training_step(here, small_parity):
     inputs, prior = rows(32), geometric_prior(0.1, 6)
-    settings_ = train.make_settings(task="parity", lr=1e-3)
+    settings_ = run_module.make_settings(task="parity", lr=1e-3)
     ends = []
     for evaluate in (False, True):
         torch.manual_seed(0)
@@ -860,7 +863,7 @@ def test_evaluating_more_often_changes_no_training_step(here, small_parity):
         for step in range(4):
             train.train_step(model, optimizer, settings_, step, inputs, [n % 2 for n in range(32)], prior)
             if evaluate:
-                train.evaluate(model, settings_, {"dev": (inputs, [n % 2 for n in range(32)])}, settings_.exits)
+                run_module.evaluate(model, settings_, {"dev": (inputs, [n % 2 for n in range(32)])}, settings_.exits)
         ends.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -960,7 +963,7 @@ def test_a_submission_from_four_tasks_passes_a_checker_written_from_the_servers_
 
 def test_regression_trains_and_evaluates_by_every_method(here, capsys):
     glue_folder(here / "glue", [("STS-B", 5)])
-    for method in train.METHODS:
+    for method in run_module.METHODS:
         train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--method", method, *QUICK])
         capsys.readouterr()
         evaluation.main(["--json", "--device", "cpu"])
@@ -1034,7 +1037,7 @@ def test_the_readmes_first_commands_run_word_for_word_but_for_max_steps(here, ca
 def test_every_other_command_of_the_readme_has_flags_and_values_that_exist(here, monkeypatch):
     parsed = []
     monkeypatch.setattr(train, "run", lambda settings_, name=None: parsed.append(settings_))
-    monkeypatch.setattr(train, "protocol", lambda given, *_: parsed.append(train.make_settings(**given)))
+    monkeypatch.setattr(train, "protocol", lambda given, *_: parsed.append(run_module.make_settings(**given)))
     monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cpu"))
     eval_help = shell(HERE / "eval.py", "--help").stdout
     for command in readme_commands():
@@ -1081,7 +1084,7 @@ def encoder(config, seed=0):
 
 def hub_weights(model):
     """Our weights under transformers' names for a model without a head."""
-    table = (albert if is_albert(model.config) else roberta).name_table(model.config)
+    table = (albert if is_albert(model.config) else bert).name_table(model.config)
     own = model.state_dict()
     return {hub: part.detach().clone() for name, hubs in table.items() for hub, part in zip(hubs, own[name].chunk(len(hubs)))}
 
@@ -1135,7 +1138,7 @@ def against_transformers(config, attn_implementation, B, T):
     pooled = ours.pool(states[-1])
     weighted_sum(states, pooled, mask).backward()
     weighted_sum(out.hidden_states, out.pooler_output, mask).backward()
-    table, found, gradients = (albert if is_albert(config) else roberta).name_table(config), dict(theirs.named_parameters()), {}
+    table, found, gradients = (albert if is_albert(config) else bert).name_table(config), dict(theirs.named_parameters()), {}
     assert sorted(name for names in table.values() for name in names) == sorted(found)
     for name, parameter in ours.named_parameters():
         expected = torch.cat([found[hub].grad for hub in table[name]])
@@ -1161,13 +1164,13 @@ def test_gradients_of_every_parameter_equal_transformers(case):
 def test_base_sizes_have_the_published_number_of_parameters():
     with torch.device("meta"):
         assert sum(p.numel() for p in Albert(albert.SIZES["albert-base-v2"]).parameters()) == 11_683_584
-        assert sum(p.numel() for p in Roberta(roberta.SIZES["roberta-base"]).parameters()) == 124_645_632
+        assert sum(p.numel() for p in Roberta(bert.SIZES["roberta-base"]).parameters()) == 124_645_632
 
 
-@pytest.mark.parametrize("name", [*albert.SIZES, *roberta.SIZES])
+@pytest.mark.parametrize("name", [*albert.SIZES, *bert.SIZES])
 def test_every_named_size_has_the_shapes_of_transformers_model(name):
-    config = (albert.SIZES | roberta.SIZES)[name]
-    kind, ours, module = (transformers.AlbertModel, Albert, albert) if is_albert(config) else (transformers.RobertaModel, Roberta, roberta)
+    config = (albert.SIZES | bert.SIZES)[name]
+    kind, ours, module = (transformers.AlbertModel, Albert, albert) if is_albert(config) else (transformers.RobertaModel, Roberta, bert)
     with torch.device("meta"):
         theirs, own = kind(hub_config(config)).state_dict(), ours(config).state_dict()
     for parameter, hubs in module.name_table(config).items():
@@ -1496,7 +1499,7 @@ def test_an_unknown_model_lists_the_known_ones(name):
 
 @pytest.mark.parametrize("prefix", ["", "albert/", "FacebookAI/"])
 def test_a_hub_name_is_fetched_from_the_hub_with_its_published_checksums(prefix, tmp_path, monkeypatch):
-    module, config, name = (roberta, SMALL_ROBERTA, "roberta-base") if prefix != "albert/" else (albert, SMALL_ALBERT, "albert-base-v2")
+    module, config, name = (bert, SMALL_ROBERTA, "roberta-base") if prefix != "albert/" else (albert, SMALL_ALBERT, "albert-base-v2")
     source, asked = folder_of(tmp_path, config), {}
 
     def fake_download(url, path, sha256=None):
@@ -1617,7 +1620,7 @@ def albert_folder(tmp_path_factory):
     """A folder with a SentencePiece model of a few hundred pieces, some of which end in a digit and a comma."""
     folder = tmp_path_factory.mktemp("albert")
     texts = words(400) + SENTENCES + ["year 3, 12, 3,000 1,234, 9,9,"] * 30
-    glue.train_tokenizer(texts, folder, vocab_size=500)
+    text_module.train_tokenizer(texts, folder, vocab_size=500)
     return folder
 
 
@@ -1625,7 +1628,7 @@ def albert_folder(tmp_path_factory):
 def roberta_folder(tmp_path_factory):
     """vocab.json and merges.txt of a byte-level BPE learnt here by the plainest loop from a few sentences."""
     folder = tmp_path_factory.mktemp("roberta")
-    symbols = glue._byte_symbols()
+    symbols = text_module._byte_symbols()
     corpus = [
         ["".join(c) for c in symbols_of(word, symbols)]
         for text in words(60, 3) + SENTENCES
@@ -1699,7 +1702,7 @@ odd_text = st.text(
 
 @pytest.mark.parametrize("max_length", [128, 64, 16, 5])
 def test_albert_ids_equal_the_slow_tokenizer_of_transformers(albert_folder, max_length):
-    ours, oracle = glue.load_tokenizer(albert_folder), albert_oracle(albert_folder)
+    ours, oracle = text_module.load_tokenizer(albert_folder), albert_oracle(albert_folder)
     texts = SENTENCES + words(30, 1) + [" ".join(words(20, 2))]
     rows = [(a, None) for a in texts] + [(a, b) for a in texts for b in random.Random(a).sample(texts, 4)]
     batch = ours.encode_all(rows, max_length)
@@ -1709,7 +1712,7 @@ def test_albert_ids_equal_the_slow_tokenizer_of_transformers(albert_folder, max_
         assert ours.encode(a, b, max_length) == got
     digit_comma = [i for i in range(ours.vocab_size) if re.search(r"\d,$", ours.tokens([i])[0])]
     assert digit_comma and set(digit_comma) & {
-        i for text in texts for i in ours._sp.encode(glue._clean(text))
+        i for text in texts for i in ours._sp.encode(text_module._clean(text))
     }  # the case occurs
 
 
@@ -1725,7 +1728,7 @@ def mnli_rows(folder, rows=40):
 def test_a_folder_of_pretrained_weights_is_fine_tuned_on_a_task_with_two_dev_sets(kind, albert_folder, roberta_folder, here, capsys):
     import transformers
 
-    tokenizer = glue.load_tokenizer(albert_folder if kind == "albert" else roberta_folder)
+    tokenizer = text_module.load_tokenizer(albert_folder if kind == "albert" else roberta_folder)
     small = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
     config, model = {
         "albert": (transformers.AlbertConfig, transformers.AlbertModel),
@@ -1763,14 +1766,14 @@ def test_a_folder_of_pretrained_weights_is_fine_tuned_on_a_task_with_two_dev_set
 @settings(max_examples=300, deadline=None)
 @given(odd_text, st.none() | odd_text, st.integers(4, 40))
 def test_albert_ids_equal_the_slow_tokenizer_on_any_text(albert_folder, a, b, max_length):
-    ours, oracle = cached(albert_folder, glue.load_tokenizer, albert_oracle)
+    ours, oracle = cached(albert_folder, text_module.load_tokenizer, albert_oracle)
     assert ours.encode(a, b, max_length) == oracle_inputs(oracle, a, b, max_length)
 
 
 @settings(max_examples=300, deadline=None)
 @given(odd_text, st.none() | odd_text, st.integers(4, 40))
 def test_roberta_ids_equal_the_slow_tokenizer_on_any_text(roberta_folder, a, b, max_length):
-    ours, oracle = cached(roberta_folder, glue.load_tokenizer, roberta_oracle)
+    ours, oracle = cached(roberta_folder, text_module.load_tokenizer, roberta_oracle)
     assert ours.encode(a, b, max_length) == oracle_inputs(oracle, a, b, max_length)
 
 
@@ -1785,7 +1788,7 @@ def cached(folder, *makers):
 
 @pytest.mark.parametrize("max_length", [128, 16, 5])
 def test_roberta_ids_equal_the_slow_tokenizer_of_transformers(roberta_folder, max_length):
-    ours, oracle = glue.load_tokenizer(roberta_folder), roberta_oracle(roberta_folder)
+    ours, oracle = text_module.load_tokenizer(roberta_folder), roberta_oracle(roberta_folder)
     texts = SENTENCES + words(30, 1)
     rows = [(a, None) for a in texts] + [(a, b) for a in texts for b in random.Random(a).sample(texts, 4)]
     for (a, b), got in zip(rows, ours.encode_all(rows, max_length)):
@@ -1800,7 +1803,7 @@ def test_roberta_cuts_words_where_the_published_pattern_does():
     points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     for start in range(0, len(points), 64):  # every assigned character, before and after a letter, a number and a space
         text = "".join(f"a{c}1{c} {c}{c}. " for c in points[start : start + 64])
-        assert glue._word_pattern().findall(text) == published.findall(text), ascii(points[start])
+        assert text_module._word_pattern().findall(text) == published.findall(text), ascii(points[start])
 
 
 def test_bpe_merges_equal_the_plain_loop_and_long_words_are_quick():
@@ -1826,13 +1829,13 @@ def test_bpe_merges_equal_the_plain_loop_and_long_words_are_quick():
         draw.shuffle(pairs)
         ranks = {pair: i for i, pair in enumerate(pairs)}
         word = draw.choices("abc", k=draw.randint(0, 40))
-        assert glue._merge(list(word), ranks) == plain(list(word), ranks)
-    assert "".join(glue._merge(draw.choices("abc", k=200_000), ranks)).count("a") > 0
+        assert text_module._merge(list(word), ranks) == plain(list(word), ranks)
+    assert "".join(text_module._merge(draw.choices("abc", k=200_000), ranks)).count("a") > 0
 
 
 @pytest.mark.parametrize("kind", ["albert_folder", "roberta_folder"])
 def test_odd_text_is_encoded_within_the_length(kind, request):
-    tokenizer = glue.load_tokenizer(request.getfixturevalue(kind))
+    tokenizer = text_module.load_tokenizer(request.getfixturevalue(kind))
     special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     texts = [
         "",
@@ -1872,7 +1875,7 @@ def test_odd_text_is_encoded_within_the_length(kind, request):
 
 @pytest.mark.parametrize("kind, single, pair", [("albert_folder", 2, 3), ("roberta_folder", 2, 4)])
 def test_a_length_without_room_for_the_special_tokens_is_refused(kind, single, pair, request):
-    tokenizer = glue.load_tokenizer(request.getfixturevalue(kind))
+    tokenizer = text_module.load_tokenizer(request.getfixturevalue(kind))
     assert (
         len(tokenizer.encode("a b c", None, single)[0]) == single and len(tokenizer.encode("a b", "c", pair)[0]) == pair
     )
@@ -1884,47 +1887,47 @@ def test_a_length_without_room_for_the_special_tokens_is_refused(kind, single, p
 @pytest.mark.parametrize("kind", ["albert_folder", "roberta_folder"])
 def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(kind, request, tmp_path):
     folder = request.getfixturevalue(kind)
-    tokenizer = glue.load_tokenizer(folder)
+    tokenizer = text_module.load_tokenizer(folder)
     tokenizer.save(tmp_path / "new")
     for path in (tmp_path / "new").iterdir():
         assert path.read_bytes() == (folder / path.name).read_bytes()
-    again = glue.load_tokenizer(tmp_path / "new")
+    again = text_module.load_tokenizer(tmp_path / "new")
     assert [again.encode(t) for t in SENTENCES] == [tokenizer.encode(t) for t in SENTENCES]
     assert all(isinstance(piece, str) for piece in again.tokens(again.encode(SENTENCES[0])[0]))
 
 
 def test_encode_all_leaves_the_garbage_collector_as_it_was(albert_folder):
-    tokenizer = glue.load_tokenizer(albert_folder)
+    tokenizer = text_module.load_tokenizer(albert_folder)
     tokenizer.encode_all([("a", None)])
     assert gc.isenabled() and tokenizer.encode_all([]) == []
 
 
 def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatable(tmp_path):
     texts = [text for example in glue.load("parity", "dev") for text in example[:2]]
-    one, two = (glue.train_tokenizer(texts, tmp_path / name, 8000, seed=3) for name in "ab")
+    one, two = (text_module.train_tokenizer(texts, tmp_path / name, 8000, seed=3) for name in "ab")
     assert (tmp_path / "a/spiece.model").read_bytes() == (tmp_path / "b/spiece.model").read_bytes()
     assert one.tokens(range(5)) == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"] and one.pad_id == 0
     assert one.vocab_size < 8000
     ids, _ = one.encode(*glue.load("parity", "test")[0][:2])
     assert len(ids) == 3 + sum(len(text.split()) for text in glue.load("parity", "test")[0][:2])
-    marked = glue.train_tokenizer(["plain [SEP] text <pad> [MASK]"] * 20, tmp_path / "c")
+    marked = text_module.train_tokenizer(["plain [SEP] text <pad> [MASK]"] * 20, tmp_path / "c")
     assert marked.encode("[SEP] <pad> [MASK]")[0].count(marked.sep_id) == 1
     for bad in ([], ["", "  "]):
         with pytest.raises(InputError, match="no text"):
-            glue.train_tokenizer(bad, tmp_path / "d")
+            text_module.train_tokenizer(bad, tmp_path / "d")
     with pytest.raises(InputError, match="3 pieces"):
-        glue.train_tokenizer(texts, tmp_path / "d", vocab_size=3)
+        text_module.train_tokenizer(texts, tmp_path / "d", vocab_size=3)
 
 
 def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path, roberta_folder, albert_folder):
     with pytest.raises(InputError, match="spiece.model"):
-        glue.load_tokenizer(tmp_path)
+        text_module.load_tokenizer(tmp_path)
     (tmp_path / "30k-clean.model").write_bytes((albert_folder / "spiece.model").read_bytes())
-    assert isinstance(glue.load_tokenizer(tmp_path), glue.AlbertTokenizer)
-    assert isinstance(glue.load_tokenizer(roberta_folder), glue.RobertaTokenizer)
+    assert isinstance(text_module.load_tokenizer(tmp_path), text_module.AlbertTokenizer)
+    assert isinstance(text_module.load_tokenizer(roberta_folder), text_module.RobertaTokenizer)
     for missing in (
-        lambda: glue.AlbertTokenizer(tmp_path / "no"),
-        lambda: glue.RobertaTokenizer(tmp_path, tmp_path / "no"),
+        lambda: text_module.AlbertTokenizer(tmp_path / "no"),
+        lambda: text_module.RobertaTokenizer(tmp_path, tmp_path / "no"),
     ):
         with pytest.raises(InputError, match="cannot be read"):
             missing()
@@ -1944,26 +1947,26 @@ def only_input_errors(make, path, data):
 
 
 def test_a_sentencepiece_model_cut_at_any_byte_or_flipped_is_refused_or_works(tmp_path):
-    glue.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30)
+    text_module.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30)
     path, refused = tmp_path / "spiece.model", 0
     whole, draw = path.read_bytes(), random.Random(0)
     for n in range(len(whole)):
-        refused += only_input_errors(lambda: glue.AlbertTokenizer(path), path, whole[:n])
+        refused += only_input_errors(lambda: text_module.AlbertTokenizer(path), path, whole[:n])
     assert refused > len(whole) / 2
     refused = 0
     for _ in range(400):
         data = bytearray(whole)
         for _ in range(draw.choice((1, 1, 3))):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        refused += only_input_errors(lambda: glue.AlbertTokenizer(path), path, bytes(data))
+        refused += only_input_errors(lambda: text_module.AlbertTokenizer(path), path, bytes(data))
     assert refused > 50
     for data in (b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"\x0a\xff\xff\xff\xff\x7f"):
-        assert only_input_errors(lambda: glue.AlbertTokenizer(path), path, data)
+        assert only_input_errors(lambda: text_module.AlbertTokenizer(path), path, data)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_vocab_and_merges_cut_at_any_byte_or_flipped_are_refused_or_work(name, roberta_folder, tmp_path):
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *glue._byte_symbols(), "ab", "abc", "\u0120ab"]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *text_module._byte_symbols(), "ab", "abc", "\u0120ab"]
     files = {
         "vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
         "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
@@ -1973,7 +1976,7 @@ def test_vocab_and_merges_cut_at_any_byte_or_flipped_are_refused_or_work(name, r
     path, whole, draw = tmp_path / name, files[name], random.Random(0)
 
     def make():
-        return glue.RobertaTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
+        return text_module.RobertaTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
 
     for n in range(0, len(whole), 1 if len(whole) < 500 else 3):
         assert only_input_errors(make, path, whole[:n]) or whole[n - 1 : n] == b"\n"

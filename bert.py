@@ -3,13 +3,12 @@
 The same contract as albert.py, so that ponder.py takes either. B batch, T tokens, H hidden, L layers, as in ponder.py.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from albert import Block
 from checkpoint import InputError, check_sizes, fetch_encoder, load_encoder, load_weights, make_config, read_json
 
 
@@ -60,72 +59,6 @@ SHA256 = {
     "vocab.json": "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655",
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-
-
-class Block(nn.Module):
-    """One Transformer layer, as in albert.py, and written again so that either file is read alone."""
-
-    def __init__(self, config):
-        super().__init__()
-        H = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.approximate = "tanh" if config.hidden_act == "gelu_new" else "none"
-        self.qkv = nn.Linear(H, 3 * H)
-        self.attn_out = nn.Linear(H, H)
-        self.attn_norm = nn.LayerNorm(H, config.layer_norm_eps)
-        self.ffn_in = nn.Linear(H, config.intermediate_size)
-        self.ffn_out = nn.Linear(config.intermediate_size, H)
-        self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
-
-    def forward(self, h, mask):
-        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)              # (B,T,H)
-
-    def attend(self, qkv, mask=None):
-        """Attention of every token to those where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # (B,heads,T,d) each
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-    def first(self, h, mask):
-        """The output for the first token alone (B,1,H), at the price of little more than its own row.
-
-        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and
-        values of the other tokens need not be computed. The keys' bias adds the same to every score, so softmax drops
-        it.
-        """
-        B, _, H = h.shape
-        d = H // self.heads
-        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)                           # (heads,d,H) each
-        b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, d)
-        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                             # (heads,B,d)
-        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5                     # (B,heads,T)
-        a = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                             # (heads,B,d)
-        return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
-
-    def rest(self, h, mask, cls):
-        """The output (B,T,H), given that of the first token, cls (B,1,H). On a CPU nothing is computed for padding: the real
-        tokens are packed, and neighbouring rows that have as many attend together. The output of padding is then 0."""
-        if h.device.type != "cpu" or mask.all():
-            a = self.attend(self.qkv(h), mask[:, None, None, :])
-            return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
-        real = mask.flatten().nonzero()[:, 0]                                               # (n,)
-        x = h.flatten(0, 1).index_select(0, real)                                           # (n,H)
-        runs = [(T, len(list(same))) for T, same in itertools.groupby(mask.sum(1).tolist())]
-        parts = self.qkv(x).split([n * T for T, n in runs])                                 # (n T,3H) each
-        a = torch.cat([self.attend(part.unflatten(0, (n, T))).flatten(0, 1) for (T, n), part in zip(runs, parts)])
-        todo = (real % mask.shape[1]).nonzero()[:, 0]
-        x = self.after(a.index_select(0, todo), x.index_select(0, todo))
-        out = x.new_zeros(h.shape)
-        out.flatten(0, 1).index_copy_(0, real[todo], x)
-        out[:, :1] = cls
-        return out
-
-    def after(self, a, h):
-        """What follows the attention a (...,H) over tokens h (...,H): its projection, the feed-forward net, norms"""
-        h = self.attn_norm(h + self.attn_out(a))                                            # (...,H)
-        # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
-        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (...,F)
-        return self.ffn_norm(h + self.ffn_out(f))                                           # (...,H)
 
 
 class Roberta(nn.Module):
