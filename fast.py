@@ -1,8 +1,9 @@
 """The answers of Ponder.predict for any number of inputs, fast.
 
-`descend` takes a pool of rows, longest first, down the layers together: rows that stop are dropped, and where it pays a
-layer is decided from its first token, before its other tokens are computed. `stream` keeps a batch full instead, with
-every row at a layer of its own; it needs shared layers, and is the way of CUDA, where one graph replays its step.
+`descend` takes a pool of rows, longest first, down the layers together. Rows that stop are dropped, and where
+it pays a layer is decided from its first token, before its other tokens are computed. `stream` keeps a batch
+full instead, with every row at a layer of its own. It needs shared layers, and is the way of CUDA, where a
+graph replays its step.
 """
 
 import collections
@@ -13,19 +14,21 @@ import torch
 
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
-FIRST_TOKENS = 384      # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it does not
+FIRST_TOKENS = 384   # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it never did
 
 
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
-    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the order of the inputs.
+    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the inputs'
+    order
 
-    Whole layers are computed for at most batch_size rows at a time. depthwise None means: on CUDA, if the layers are shared.
+    Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA where
+    layers are shared. ValueError for depthwise=True without shared layers.
     """
     encoder, parameter = model.encoder, next(model.parameters())
     if depthwise is None:
         depthwise = encoder.shared and parameter.device.type == "cuda"
     if depthwise and not encoder.shared:
-        raise ValueError("rows at different depths can share a batch only where the layers share their weights")
+        raise ValueError("rows at different depths can share a batch only where layers share their weights")
     N = len(inputs)
     state = rule.start(N, model.num_layers, parameter.device)
     answers = parameter.new_zeros(N + 1, model.num_labels)             # row N takes what nobody asked for
@@ -42,7 +45,7 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
 
 
 def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
-    """One pool, a list of rows, longest first, down the layers together; fills answers and layers where rows stop."""
+    """One pool, a list of rows, longest first, goes down the layers together; fills answers and layers."""
     encoder, device = model.encoder, answers.device
     ids, mask, segments = pad([inputs[row] for row in pool], encoder, device)
     lengths = [padded(len(inputs[row][0]), encoder, device) for row in pool]
@@ -76,7 +79,7 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
             keep, lengths = upload(go, device), [lengths[b] for b in go]
             rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
         if decide_first:
-            for c, T in chunks(lengths, batch_size, device):           # written over rows that are not read again
+            for c, T in chunks(lengths, batch_size, device):           # over rows that are not read again
                 if stop:
                     h[c, :T] = encoder.finish(i, h[:, :T].index_select(0, keep[c]), mask[c, :T], cls[keep[c]])
                 else:
@@ -88,7 +91,7 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
 
 
 def stream(model, inputs, order, rule, start, size, answers, layers):
-    """Depth-wise batching: inputs in the given order, longest first, through `size` places; fills answers and layers."""
+    """Depth-wise batching: rows in order, longest first, through `size` places; fills answers and layers."""
     places = Places(model, inputs, order, rule, start, size, answers, layers)
     places.prepare()
     while places.admit():
@@ -98,25 +101,29 @@ def stream(model, inputs, order, rule, start, size, answers, layers):
 
 
 class Places:
-    """The places of a batch that is kept full, each with a row at a layer of its own; a row that stops frees its place.
+    """The places of a batch that is kept full, each with a row at a layer of its own; a row that stops frees
+    its place.
 
-    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter, ...), T tokens in
-    steps of 16. On CUDA a shape that keeps coming is recorded as a graph, which starts at once where its seventy kernels
-    take the host longer than the device. Rows arrive within the step, a quarter of the places at most.
+    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter,
+    ...), and T tokens in steps of 16. On CUDA a shape that keeps coming is recorded as a graph: its seventy
+    kernels take the host longer to start than the device to run. Rows arrive within the step, at most a
+    quarter of the places.
     """
 
     def __init__(self, model, inputs, order, rule, start, size, answers, layers):
         self.model, self.inputs, self.queue, self.rule, self.start = model, inputs, iter(order), rule, start
-        self.answers, self.layers, self.device, self.size, self.N = answers, layers, answers.device, size, len(inputs)
-        self.cuda, longest = self.device.type == "cuda", max(len(ids) for ids, _ in inputs)
+        self.answers, self.layers, self.device = answers, layers, answers.device
+        self.cuda, self.size, self.N = self.device.type == "cuda", size, len(inputs)
+        longest = max(len(ids) for ids, _ in inputs)
         self.width = W = min(-(-longest // 16) * 16, getattr(model.encoder, "max_length", longest))
-        most = -(-size // 4) if self.cuda else size                     # arrivals a step; the embedding is for so many
-        self.ready = np.zeros((0, 3 + 2 * W), np.int32)                 # arrivals: place, row, length, ids, segments
+        most = -(-size // 4) if self.cuda else size              # arrivals a step, embedded even if none come
+        self.ready = np.zeros((0, 3 + 2 * W), np.int32)            # place, row, length, ids, segments of each
         self.host = torch.zeros(most, 3 + 2 * W, dtype=torch.int32, pin_memory=self.cuda)
         self.sent = torch.empty_like(self.host, device=self.device)
-        self.taken = np.zeros(size, np.int64)                           # tokens of the row in each place, 0: it is free
-        nobody = torch.zeros(size + 1, dtype=torch.int64, device=self.device)   # the last place takes who did not come
-        self.row, self.length, self.depth, self.stop = nobody + self.N, nobody + 1, nobody.clone(), nobody.bool()
+        self.taken = np.zeros(size, np.int64)                    # tokens of the row in a place, 0: it is free
+        nobody = layers.new_zeros(size + 1)                           # the last place is for who did not come
+        self.row, self.length, self.depth = nobody + self.N, nobody + 1, nobody.clone()
+        self.stop = nobody.bool()
         self.h = answers.new_zeros(size + 1, W, model.encoder.hidden_size)
         self.pooled, self.state = torch.zeros_like(self.h[:, 0]), tuple(s[nobody] for s in start)
         self.uses, self.graphs = collections.Counter(), {}
@@ -163,7 +170,7 @@ class Places:
         T = min(-(-int(self.taken.max()) // 16) * 16, self.width)
         self.sent.copy_(self.host, non_blocking=True)
         self.uses[n, T] += 1
-        if not self.cuda or self.uses[n, T] < 4:                        # to record takes as long as some steps
+        if not self.cuda or self.uses[n, T] < 4:                       # recording takes as long as some steps
             return self.step(n, T)
         if (n, T) not in self.graphs:
             self.graphs[n, T] = record(lambda: self.step(n, T))
@@ -178,13 +185,15 @@ class Places:
         encoder, W, L = self.model.encoder, self.width, self.model.num_layers
         place, row, length = self.sent[:, :3].long().unbind(1)
         h = encoder.embed(self.sent[:, 3:3 + T].long(), self.sent[:, 3 + W:3 + W + T].long())
+        first = [s[row.clamp(max=self.N - 1)] for s in self.start]
+        new = (row, length, torch.zeros_like(row), h, torch.zeros_like(h[:, 0]), *first)
         held = (self.row, self.length, self.depth, self.h[:, :T], self.pooled, *self.state)
-        new = (row, length, torch.zeros_like(row), h, torch.zeros_like(h[:, 0]), *(s[row.clamp(max=self.N - 1)] for s in self.start))
         for old, arriving in zip(held, new):
             old.index_copy_(0, place, arriving.to(old.dtype))
         row, length, i, h, previous, *state = (old[:n] for old in held)
-        i = (i + 1).clamp(max=L)                                        # (n,) an empty place has no further to go
-        h = encoder.layer(1, h, torch.arange(T, device=self.device) < length[:, None])     # every layer is this one
+        i = (i + 1).clamp(max=L)                                        # (n,) an empty place goes no further
+        mask = torch.arange(T, device=self.device) < length[:, None]    # (n,T)
+        h = encoder.layer(1, h, mask)                                   # (n,T,H) every layer is this one
         pooled = encoder.pool(h)                                        # (n,H)
         logits, lam = self.model.heads(i, pooled, previous)             # (n,C), (n,)
         state, done = self.rule.step(tuple(state), i, lam, logits)
@@ -192,7 +201,8 @@ class Places:
         target = torch.where(stop, row, self.N)
         self.answers.index_copy_(0, target, logits.to(self.answers.dtype))
         self.layers.index_copy_(0, target, i)
-        for old, now in zip((*held, self.stop), (torch.where(stop, self.N, row), length, i, h, pooled, *state, stop)):
+        row = torch.where(stop, self.N, row)
+        for old, now in zip((*held, self.stop), (row, length, i, h, pooled, *state, stop)):
             old[:n].copy_(now)
 
 
@@ -206,13 +216,6 @@ def record(work):
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph
-
-
-def first(encoder, i, h, mask):
-    """h_i of the first token alone (B,1,H), by the encoder's own way or as a part of the whole layer"""
-    if hasattr(encoder, "first"):
-        return encoder.first(i, h, mask)
-    return encoder.layer(i, h, mask)[:, :1]
 
 
 def pad(inputs, encoder, device, length=None):
@@ -238,7 +241,7 @@ def table(inputs, T, pad_id):
 
 
 def upload(values, device, dtype=None):
-    """Numbers, nested or an array -> a tensor on the device; memory is pinned for a GPU, so that the host need not wait"""
+    """Numbers or an array -> a tensor on the device; pinned on its way to a GPU, so that no one need wait"""
     x = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
@@ -246,7 +249,7 @@ def upload(values, device, dtype=None):
 
 
 def padded(T, encoder, device):
-    """The length to which a longest row of T tokens is padded: on a GPU a multiple of 8, which its kernels want"""
+    """The length to which rows of at most T tokens are padded: on a GPU a multiple of 8, for its kernels"""
     if torch.device(device).type == "cpu":
         return T
     whole = -(-T // 8) * 8
@@ -254,9 +257,10 @@ def padded(T, encoder, device):
 
 
 def chunks(lengths, batch_size, device):
-    """Rows of the given lengths, longest first, in slices of at most batch_size, on a CPU of CHUNK_TOKENS tokens or one row
+    """Slices of rows of the given lengths, longest first: of at most batch_size rows, on a CPU also of
+    CHUNK_TOKENS
 
-    -> slice, T, its longest row
+    -> slice, T, the length of its longest row
     """
     start = 0
     while start < len(lengths):
@@ -268,7 +272,7 @@ def chunks(lengths, batch_size, device):
 
 
 def split(done, last):
-    """done (B,) bool -> lists of the rows that stop, all at the last layer, and that go on; the host waits for the device once"""
+    """done (B,) bool -> lists of the rows that stop, all at the last layer, and go on; the host waits for the device"""
     if last:
         return list(range(len(done))), []
     waited = done.tolist()
