@@ -142,6 +142,7 @@ def open_table(path, header=None):
 
 
 def find_columns(path, header, names):
+    """-> the place of each name in the header."""
     for name in names:
         if name not in header:
             found = shorten(", ".join(header))
@@ -190,7 +191,8 @@ def read_split(task, split, path, ids_path=None):
 
 def select_mrpc(rows, split, path, ids_path):
     """Yields the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
-    dev_ids = {tuple(fields) for _, fields in read_lines(ids_path)}
+    _, listed = open_table(ids_path, ["#1 ID", "#2 ID"])
+    dev_ids = {tuple(fields) for _, fields in listed}
     missing, number = set(dev_ids), 1
     for number, fields in rows:
         ids = tuple(fields[1:3])    # "#1 ID" and "#2 ID"
@@ -222,11 +224,10 @@ def read_inputs(path, task):
 def load(task, split, data_dir=None):
     """-> the rows of one split, a list of Example in the order of the file. mnli has dev_matched,
     dev_mismatched, test_matched and test_mismatched; ax has test alone. Without `data_dir`, GLUE's files are
-    downloaded once into the cache; parity and own data do not use it.
+    downloaded once into the cache; parity and own data do not use it. GLUE's test sets have no labels.
 
     A row with too few fields, or in a labelled split with too many or no label, is dropped, and stderr says
-    how many; a test row with too many is kept, because GLUE's server wants an answer for every row. Test sets
-    of GLUE have no labels. Whatever else is wrong raises InputError."""
+    how many; a test row with too many is kept, because GLUE's server wants an answer for every row."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -336,6 +337,7 @@ def negations(text_b):
 # ---- batches ----
 
 def cut(rows, size):
+    """-> runs of `size` rows, of which the last may be shorter."""
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
@@ -365,15 +367,14 @@ def answers(logits):
 
 
 def score(task, predictions, labels):
-    """-> the task's metrics and "score", their mean, which is the paper's number, times 100. predictions and
-    labels (N,) are class indices, or finite numbers for a regression, else InputError. A metric is 0 where
-    scikit-learn or SciPy give NaN (constant input, one row). mnli's is the score of one dev set, not of
-    both."""
+    """-> the task's metrics and "score", their mean, which is the paper's number (for mnli on one dev set), times
+    100. predictions and labels (N,) are class indices, or finite numbers for a regression, else InputError.
+    A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
     task = get_task(task)
     predictions, labels = as_numbers(task, predictions, "predictions"), as_numbers(task, labels, "labels")
     if len(predictions) != len(labels) or len(labels) == 0:
         raise InputError(f"expected a prediction for each label, found {len(predictions)} for {len(labels)}")
-    values = {name: 100 * float(METRICS[name](predictions, labels)) for name in task.metrics}
+    values = {name: 100 * float(metric(name, predictions, labels)) for name in task.metrics}
     return values | {"score": sum(values.values()) / len(values)}
 
 
@@ -395,35 +396,24 @@ def as_numbers(task, values, name):
     return values
 
 
-def accuracy(predictions, labels):
-    return (predictions == labels).mean()
-
-
-def f1(predictions, labels):
-    """F1 of class 1."""
-    both, either = (predictions * labels).sum(), (predictions + labels).sum()
-    return 2 * both / either if either else 0
-
-
-def pearson(x, y):
+def metric(name, x, y):
+    """-> the metric of predictions x and labels y (N,), at most 1. f1 is that of class 1."""
+    if name == "accuracy":
+        return (x == y).mean()
+    if name == "f1":
+        return 2 * (x * y).sum() / max((x + y).sum(), 1)
+    if name == "spearman":
+        x, y = rank(x), rank(y)
     if (x == x[0]).all() or (y == y[0]).all():
         return 0
-    # The scale keeps the squares of huge and tiny numbers within float64.
+    # Pearson's correlation; Matthews' is the same number for classes 0 and 1. Dividing keeps squares finite.
     return np.corrcoef(x / np.abs(x).max(), y / np.abs(y).max())[0, 1]
-
-
-def spearman(x, y):
-    return pearson(rank(x), rank(y))
 
 
 def rank(x):
     """-> the rank of each value; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-# Matthews' correlation is Pearson's of classes 0 and 1.
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": pearson, "pearson": pearson, "spearman": spearman}
 
 
 # ---- GLUE's server ----
@@ -437,9 +427,8 @@ SUBMISSION = {    # the eleven files of a submission, and the task and split tha
 
 
 def write_submission(zip_path, predictions):
-    """Writes the zip for GLUE's server from {(task, split): predictions, as score() takes them} -> the names
-    of the files that it lacks. The same predictions give the same bytes; if any is wrong, nothing is
-    written."""
+    """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names of
+    the files that it lacks. The same predictions give the same bytes. If any is wrong, nothing is written."""
     texts = {}
     for (name, split), values in predictions.items():
         if (name, split) not in SUBMISSION.values():
@@ -448,17 +437,18 @@ def write_submission(zip_path, predictions):
         if len(values) != task.rows[split]:
             raise InputError(f"{len(values)} predictions for {name}, {split}: GLUE's server expects "
                              f"{task.rows[split]}, one for each row of the published file")
-        words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
         if task.labels:
             words = [task.labels[int(value)] for value in values]
+        else:
+            words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
         rows = [f"{index}\t{word}\n" for index, word in enumerate(words)]
-        texts[name, split] = "".join(["index\tprediction\n", *rows])
+        texts[name, split] = "index\tprediction\n" + "".join(rows)
     if not texts:
         raise InputError("there are no predictions to submit: train at least one GLUE task first")
     with atomic_write(Path(zip_path)) as target, zipfile.ZipFile(target, "w") as archive:
         for name, key in SUBMISSION.items():
             if key in texts:
-                member = zipfile.ZipInfo(name)    # of 1980, the same every time
+                member = zipfile.ZipInfo(name)    # dated 1980, so that the bytes are the same every time
                 member.external_attr = 0o644 << 16
                 archive.writestr(member, texts[key], zipfile.ZIP_DEFLATED)
     return [name for name, key in SUBMISSION.items() if key not in texts]
