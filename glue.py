@@ -367,9 +367,9 @@ def answers(logits):
 
 
 def score(task, predictions, labels):
-    """-> the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set), times
-    100. predictions and labels (N,) are class indices, or finite numbers for a regression, else InputError.
-    A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
+    """-> the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set),
+    times 100. predictions and labels (N,) are class indices, or finite numbers for a regression, else
+    InputError. A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
     task = get_task(task)
     predictions, labels = as_numbers(task, predictions, "predictions"), as_numbers(task, labels, "labels")
     if len(predictions) != len(labels) or len(labels) == 0:
@@ -428,7 +428,7 @@ SUBMISSION = {    # the eleven files of a submission, and the task and split tha
 
 def write_submission(zip_path, predictions):
     """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names
-    of the files that it lacks. The same predictions give the same bytes. If any is wrong, nothing is written."""
+    of the files that it lacks. The same predictions give the same bytes. If any is wrong, none is written."""
     texts = {}
     for (name, split), values in predictions.items():
         if (name, split) not in SUBMISSION.values():
