@@ -91,8 +91,8 @@ def get_task(name):
         return TASKS[name]
     splits = tuple(split for split in THREE if os.path.isfile(f"{name}/{split}.tsv"))
     if splits[:2] != ("train", "dev"):
-        raise InputError(f"unknown task {name!r}: expected a folder with train.tsv and dev.tsv, or one of "
-                         + ", ".join(TASKS))
+        raise InputError(f"unknown task {shorten(name)!r}: expected a folder with train.tsv and dev.tsv, or "
+                         "one of " + ", ".join(TASKS))
     path = Path(name, "train.tsv")
     header, rows = open_table(path)
     columns = PAIR if "sentence1" in header else SINGLE
@@ -379,21 +379,16 @@ def score(task, predictions, labels):
 
 
 def as_numbers(task, values, name):
-    """-> values as float64 (N,), finite and, where the task has classes, class indices; else InputError."""
+    """values (N,) or (N, 1) -> float64 (N,): class indices, or finite numbers for a regression."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
-    try:
-        values = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        values = np.array(np.nan)
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    right, expected = np.isfinite(values), "a finite number"
-    if task.labels:
-        right, expected = np.isin(values, range(task.num_labels)), f"a class index below {task.num_labels}"
-    if values.ndim != 1 or not right.all():
-        raise InputError(f"each of the {name} of {task.name} must be {expected}, and not NaN or None")
-    return values
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        values = np.asarray(values, dtype=np.float64).reshape(len(values))
+        right = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
+        if right.all():
+            return values
+    expected = f"class indices below {task.num_labels}" if task.labels else "finite numbers"
+    raise InputError(f"the {name} of {task.name} must be {expected}, one for each row")
 
 
 def metric(name, x, y):
