@@ -22,14 +22,14 @@ from checkpoint import InputError, atomic_write, cache_dir, download, extract_zi
 
 # text_b is None for a single sentence; label is a class index, a number (regression) or None (unknown).
 Example = namedtuple("Example", ("text_a", "text_b", "label"), defaults=(None, None))
-SINGLE, PAIR, THREE = ("sentence",), ("sentence1", "sentence2"), ("train", "dev", "test")
+SINGLE, PAIR, SPLITS = ("sentence",), ("sentence1", "sentence2"), ("train", "dev", "test")
 
 
 class Task:
     """labels: the files' words by class index, or None for a regression; columns: the names of one or two
     texts in the header; rows: the published numbers for the splits; downloads: names in DOWNLOADS."""
 
-    def __init__(self, name, folder, labels, columns=PAIR, label_column=None, metrics=None, splits=THREE,
+    def __init__(self, name, folder, labels, columns=PAIR, label_column=None, metrics=None, splits=SPLITS,
                  rows=(), downloads=None):
         self.name, self.folder, self.labels, self.columns, self.splits = name, folder, labels, columns, splits
         self.label_column = label_column or ("label" if labels else "score")
@@ -89,7 +89,7 @@ def get_task(name):
     name = str(name)
     if name in TASKS:
         return TASKS[name]
-    splits = tuple(split for split in THREE if os.path.isfile(f"{name}/{split}.tsv"))
+    splits = tuple(split for split in SPLITS if os.path.isfile(f"{name}/{split}.tsv"))
     if splits[:2] != ("train", "dev"):
         raise InputError(f"unknown task {shorten(name)!r}: expected a folder with train.tsv and dev.tsv, or "
                          "one of " + ", ".join(TASKS))
@@ -176,14 +176,17 @@ def read_split(task, split, path, ids_path=None):
     label_place = find_columns(path, header, [task.label_column])[0] if labelled else None
     examples, dropped, number = [], [], 1
     for number, fields in rows:
-        if len(fields) < len(header) or (labelled and (len(fields) > len(header) or not fields[label_place])):
+        whole = len(fields) >= len(header)
+        if whole and labelled:
+            whole = len(fields) == len(header) and fields[label_place] != ""
+        if not whole:
             dropped.append(number)
             continue
         label = read_label(task, fields[label_place], path, number) if labelled else None
         examples.append(Example(*[fields[place] for place in places], label=label))
     if dropped:
-        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows, which have not the "
-              f"{len(header)} fields that they should (the first is line {dropped[0]})", file=sys.stderr)
+        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows, which lack a "
+              f"field or a label, or have too many (the first is line {dropped[0]})", file=sys.stderr)
     if not examples:
         raise damaged(path, "no usable row", number)
     return examples
