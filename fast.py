@@ -272,7 +272,7 @@ def chunks(lengths, batch_size, device):
 
 
 def split(done, last):
-    """done (B,) bool -> lists of the rows that stop, all at the last layer, and go on; the host waits for the device"""
+    """done (B,) bool -> lists of the rows that stop, all at the last layer, and go on; the host waits here"""
     if last:
         return list(range(len(done))), []
     waited = done.tolist()
