@@ -67,17 +67,16 @@ class Tokenizer:
         self.ids = {piece: index for piece, index in ids.items() if piece not in self.special}
 
     def encode(self, a, b=None, max_length=128):
-        """Returns (ids, segments) of the text a, or of the pair a, b ("" is a text), cut to max_length.
+        """Returns (ids, segments) of the text a, or of the pair a, b (b may be ""), of at most max_length tokens.
 
         ALBERT and BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segments 0 and, for B [SEP], 1. RoBERTa:
-        <s> A </s> or <s> A </s></s> B </s>, with segments 0. The longer text loses its last token, B if both are
-        equal, until all fit. A lone surrogate is taken for U+FFFD. Raises InputError if not even the special
-        tokens fit.
-        """
+        <s> A </s> or <s> A </s></s> B </s>, with segments 0. Until all fit, the longer text loses its last token,
+        B if both are equal. A lone surrogate is taken for U+FFFD. Raises InputError if special tokens do not fit."""
         return self.encode_all([(a, b)], max_length)[0]
 
     def encode_all(self, examples, max_length=128):
         """Returns what encode() returns of each (text, None) or (text_a, text_b); further fields do not count."""
+        examples = list(examples)
         for example in examples:
             if isinstance(example, str):
                 raise TypeError(f"expected examples such as (text, None), found the string {shorten(example)!r}")
@@ -175,10 +174,9 @@ def clean(text, lower_case=True, keep_accents=False):
 def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
     """Trains a SentencePiece model with ALBERT's special ids and writes FOLDER/spiece.model -> AlbertTokenizer.
 
-    The same texts and seed give the same model. Of more than 100,000 texts a sample is used; texts with little in
-    them give fewer pieces than vocab_size. The model is of the kind "bpe": the unigram trainer, which ALBERT used,
-    makes no piece of a word that is not part of a longer one, and spells `parity` nearly letter by letter.
-    """
+    The same texts and seed give the same model; there may be too little in them for vocab_size pieces. It is of the
+    kind "bpe": ALBERT's own, "unigram", makes no piece of a word that is not part of a longer one, and spells
+    `parity` nearly letter by letter."""
     texts = list(texts)
     if len(texts) > 100_000:
         texts = random.Random(seed).sample(texts, 100_000)
@@ -222,11 +220,9 @@ class RobertaTokenizer(Tokenizer):
             self.files["merges.txt"] = Path(merges_txt).read_bytes()
             first, *lines, last = self.files["merges.txt"].decode("utf-8").split("\n")
             pairs = [tuple(line.removesuffix("\r").split(" ")) for line in lines]
-            if not first.startswith("#version") or last != "":
-                raise ValueError("it does not begin with #version or breaks off within a line")
-            for number, pair in enumerate(pairs, 2):
-                if len(pair) != 2 or "".join(pair) not in ids:
-                    raise ValueError(f"line {number} does not merge two pieces into one of {vocab_json}")
+            good = all([len(pair) == 2 and "".join(pair) in ids for pair in pairs])
+            if not good or not first.startswith("#version") or last != "":
+                raise ValueError("expected #version and lines that merge two pieces into one of vocab.json")
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         # A byte is written as itself where that can be seen, else as one of the characters from U+0100 on.
         visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, map(chr, range(256, 512))
@@ -257,8 +253,7 @@ def ascii_like(c):
 
 
 def merge(pieces, ranks):
-    """Byte pair encoding: while two neighbours have a rank, the pair of lowest rank is merged wherever it stands, from
-    left to right."""
+    """Byte pair encoding: again and again, the pair of neighbours of lowest rank is merged wherever it stands."""
     while len(pieces) > 1:
         pair = min(set(zip(pieces, pieces[1:])), key=lambda pair: ranks.get(pair, len(ranks)))
         if pair not in ranks:
@@ -305,14 +300,18 @@ class BertTokenizer(Tokenizer):
         return [index for word in words for index in self.longest_pieces(word)]
 
     def longest_pieces(self, word):
+        if len(word) > 100:
+            return [self.unk_id]
         ids, start = [], 0
         while start < len(word):
             prefix = "##" if start > 0 else ""
-            ends = [end for end in range(len(word), start, -1) if prefix + word[start:end] in self.ids]
-            if not ends or len(word) > 100:
+            end = len(word)
+            while end > start and prefix + word[start:end] not in self.ids:
+                end -= 1
+            if end == start:
                 return [self.unk_id]
-            ids.append(self.ids[prefix + word[start:ends[0]]])
-            start = ends[0]
+            ids.append(self.ids[prefix + word[start:end]])
+            start = end
         return ids
 
 
@@ -332,9 +331,8 @@ def is_word(c):
 # ---- from a folder ----
 
 def load_tokenizer(folder):
-    """The tokenizer whose files are in the folder: spiece.model or 30k-clean.model (ALBERT), vocab.json and merges.txt
-    (RoBERTa) or vocab.txt (BERT). What tokenizer_config.json and added_tokens.json say of the ids is obeyed or an
-    InputError; special_tokens_map.json and tokenizer.json are not read."""
+    """The tokenizer whose files are in the folder. What tokenizer_config.json and added_tokens.json say of the ids is
+    obeyed or an InputError; special_tokens_map.json and tokenizer.json are not read."""
     folder = Path(folder)
     for kind, *names in ((AlbertTokenizer, "spiece.model"), (AlbertTokenizer, "30k-clean.model"),
                          (RobertaTokenizer, "vocab.json", "merges.txt"), (BertTokenizer, "vocab.txt")):
@@ -350,23 +348,18 @@ def read_settings(folder, kind):
     path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(path) if os.path.isfile(path) else {}
     obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
-    only = {**dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), kind.special)), **kind.fixed}
-    if "do_lower_case" in obeyed:
-        only["strip_accents"] = obeyed["do_lower_case"]    # null, the usual value, means the same
+    fixed = dict(kind.fixed)
+    if kind is BertTokenizer:
+        fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means just that
+    strange = [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
+    strange += [key for key, value in obeyed.items() if type(value) is not bool]
     with whole(path, "tokenizer_config.json"):
-        tokens = [*settings.get("added_tokens_decoder", {}).values(), *settings.get("additional_special_tokens", [])]
-        tokens += read_json(added_path) if os.path.isfile(added_path) else []
-        strange = [f"the token {content(token)}" for token in tokens if content(token) not in kind.special]
-        for key, value in only.items():
-            if content(settings.get(key, value)) not in (value, None):
-                strange.append(f"{key} {settings[key]}")
-        strange += [f"{key} {value}" for key, value in obeyed.items() if type(value) is not bool]
+        tokens = [value for key, value in settings.items() if key.endswith("_token") and type(value) is not bool]
+        tokens += [*settings.get("added_tokens_decoder", {}).values(), *settings.get("additional_special_tokens", [])]
+        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
+    tokens += read_json(added_path) if os.path.isfile(added_path) else []
+    strange += [str(token) for token in dict.fromkeys(tokens) if token not in (*kind.special, None)]
     if strange:
-        raise InputError(f"{folder}: the tokenizer has {shorten(', '.join(strange))}, but {kind.__name__} does not know "
-                         "that; use a model whose tokenizer goes without it")
+        raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(strange))}, which changes the ids in a way "
+                         f"that {kind.__name__} does not know; use a model without that")
     return obeyed.values()
-
-
-def content(token):
-    """The string of a token, which a tokenizer_config.json may wrap into a dictionary of its properties."""
-    return token["content"] if isinstance(token, dict) and "content" in token else token
