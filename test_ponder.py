@@ -1584,30 +1584,14 @@ GLUE_TEST_ROWS = {
 }
 
 SENTENCES = [
-    "The cat sat on the mat, and 3,000 dogs looked on.",
-    "In 1999, 12,345 people paid $3.0, or 7, or 9,9.",
-    "``Quoted'' text isn't \"rare\".",
-    "Caf\u00e9 na\u00efve r\u00e9sum\u00e9 \u00c5ngstr\u00f6m \ufb01ne \u00bd",
-    "\u039f\u0394\u039f\u03a3 \u03c3\u03b1\u03c2 \u03a3",
-    "brand-new well-known",
-    "\u4f60\u597d\uff0c\u4e16\u754c 3\uff0c",
-    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 \u0663,",
-    "\U0001f600 smile \U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "tabs\tand\nlines\r\nand\x1cfs\x85nel\xa0nbsp\u2028ls\u3000wide",
-    "",
-    " ",
-    "x",
-    "nul\0inside",
-    "\ufeffbom",
-    "a" * 300,
-    "1, 2, 3, 44, 5,5,5,",
-    "\u2460, \u00b2, \u0661, ,,, 1,,",
-    "\u0130stanbul \u1e9e \u212a \u2126",
-    "they're we'll I'd it's 'S 'LL 've",
-    "  lead and trail  ",
-    "\u2581under\u2581score",
-    "f\u00fcr $5.00 [brackets] don't_split @home #3",
-    "\u6f22\u5b57 kanji\u3068kana \uac00\ub098 \u0915\u093f",
+    "The cat sat on the mat, and 3,000 dogs looked on.", "In 1999, 12,345 people paid $3.0, or 7, or 9,9.", "",
+    "``Quoted'' text isn't \"rare\".", "Caf\u00e9 na\u00efve r\u00e9sum\u00e9 \u00c5ngstr\u00f6m \ufb01ne \u00bd", " ", "x",
+    "\u039f\u0394\u039f\u03a3 \u03c3\u03b1\u03c2 \u03a3", "brand-new well-known", "\u4f60\u597d\uff0c\u4e16\u754c 3\uff0c",
+    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 \u0663,", "nul\0inside", "\ufeffbom", "a" * 300,
+    "\U0001f600 smile \U0001f468\u200d\U0001f469\u200d\U0001f467", "they're we'll I'd it's 'S 'LL 've",
+    "tabs\tand\nlines\r\nand\x1cfs\x85nel\xa0nbsp\u2028ls\u3000wide", "1, 2, 3, 44, 5,5,5,", "  lead and trail  ",
+    "\u2460, \u00b2, \u0661, ,,, 1,,", "\u0130stanbul \u1e9e \u212a \u2126", "\u2581under\u2581score",
+    "f\u00fcr $5.00 [brackets] don't_split @home #3", "e\ufffd\u0301 e\u200b\u0301 \u4e16\u0301", "\u6f22\u5b57 kanji\u3068kana \uac00\ub098",
 ]
 
 
@@ -1771,11 +1755,10 @@ def test_ids_equal_the_slow_tokenizers_at_every_assigned_character(tokenizers):
         assert ours.encode(text, None, 10_000)[0][1:-1] == expected, ascii(points[start])
 
 
-def test_alberts_pieces_of_a_digit_and_a_comma_are_cut_as_googles_are(albert_folder):
+def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
     tokenizer = text_module.load_tokenizer(albert_folder)
-    assert "▁12," in tokenizer.model.encode("in 12, 7", out_type=str)
-    assert "".join(tokenizer.tokens(tokenizer.encode("12,")[0][1:-2])) == "▁12"
-    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0]).count(",") == 1
+    assert tokenizer.model.encode("in 12, 7", out_type=str)[-2] == "\u258112,"
+    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0])[-5:-2] in (["\u25811", "2", ","], [*"12,"])
 
 
 def test_roberta_cuts_words_where_the_published_pattern_does(roberta_folder):
@@ -1815,12 +1798,9 @@ def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token
         assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
 
 
-def test_a_lone_surrogate_is_the_replacement_character(tokenizers):
-    assert tokenizers[0].encode("a\udfffb \ud800") == tokenizers[0].encode("a\ufffdb \ufffd")
-
-
-def test_an_empty_second_text_makes_a_pair_all_the_same(tokenizers):
+def test_a_lone_surrogate_is_the_replacement_character_and_an_empty_second_text_is_a_text(tokenizers):
     ours, oracle = tokenizers
+    assert ours.encode("a\udfffb \ud800") == oracle_inputs(oracle, "a\ufffdb \ufffd", None, 128)
     assert ours.encode("x", "") == oracle_inputs(oracle, "x", "", 128) != ours.encode("x")
 
 
@@ -1852,6 +1832,7 @@ def test_a_length_without_room_for_the_special_tokens_is_refused(tokenizers):
 
 def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(tokenizers, tmp_path):
     ours, oracle = tokenizers
+    (tmp_path / "new").mkdir()
     ours.save(tmp_path / "new")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert ours.files.items() <= saved.items()
@@ -1860,10 +1841,10 @@ def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(tokenizers, 
     assert again.tokens(range(9)) == oracle.convert_ids_to_tokens(range(9))
 
 
-def test_encode_all_refuses_strings_where_examples_belong(tokenizers):
-    for examples in (["a film", "b"], "a film", [("a", None), "film"]):
-        with pytest.raises(TypeError, match=r"\(text, None\)"):
-            tokenizers[0].encode_all(examples)
+@pytest.mark.parametrize("examples", [["a film", "b"], "a film", [("a", None), "film"]])
+def test_encode_all_refuses_strings_where_examples_belong(tokenizers, examples):
+    with pytest.raises(TypeError, match=r"\(text, None\)"):
+        tokenizers[0].encode_all(examples)
 
 
 def test_encode_all_takes_any_iterable_and_leaves_the_garbage_collector_as_it_was(tokenizers):
@@ -1874,6 +1855,8 @@ def test_encode_all_takes_any_iterable_and_leaves_the_garbage_collector_as_it_wa
 
 def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatable(tmp_path):
     texts = [text for example in glue.load("parity", "dev") for text in example[:2]]
+    for name in "ab":
+        (tmp_path / name).mkdir()
     one, two = (text_module.train_tokenizer(texts, tmp_path / name, 8000, seed=3) for name in "ab")
     assert one.files == two.files and one.vocab_size < 8000
     assert one.tokens(range(5)) == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"] and one.pad_id == 0
@@ -1881,18 +1864,18 @@ def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatab
     assert len(one.encode(a, b)[0]) == 3 + len(a.split()) + len(b.split())
 
 
-@pytest.mark.parametrize("texts, vocab_size, found", [([], 8000, "0 texts"), (["", "  "], 8000, "0 texts"),
-                                                      (["a b"], 3, "3 pieces")])
-def test_texts_that_no_tokenizer_can_be_trained_on_are_refused(texts, vocab_size, found, tmp_path):
+@pytest.mark.parametrize("texts, size, found", [(["", " "], 8000, "these 0 texts"), (["a b"], 3, "3 pieces")])
+def test_texts_that_no_tokenizer_can_be_trained_on_are_refused(texts, size, found, tmp_path):
     with pytest.raises(InputError, match=found):
-        text_module.train_tokenizer(texts, tmp_path, vocab_size)
+        text_module.train_tokenizer(texts, tmp_path, size)
 
 
 # ---- text.py: folders and files ----
 
-def copy_folder(request, kind, folder):
-    shutil.copytree(request.getfixturevalue(f"{kind}_folder"), folder, dirs_exist_ok=True)
-    return folder
+@pytest.fixture(params=["albert", "roberta", "bert"])
+def folder(request, tmp_path):
+    """A folder that a test may change, named after its tokenizer."""
+    return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / request.param))
 
 
 def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path, albert_folder):
@@ -1900,12 +1883,11 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
         text_module.load_tokenizer(tmp_path)
     shutil.copy(albert_folder / "spiece.model", tmp_path / "30k-clean.model")
     assert isinstance(text_module.load_tokenizer(tmp_path), text_module.AlbertTokenizer)
-    for make in (text_module.AlbertTokenizer, text_module.BertTokenizer):
-        with pytest.raises(InputError, match="nowhere: not a whole .*No such file.*; get it again"):
-            make(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="cannot read .*nowhere"):
+        text_module.BertTokenizer(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("kind, settings, named", [
+@pytest.mark.parametrize("folder, settings, named", [
     ("albert", {"remove_space": False}, "remove_space"),
     ("albert", {"do_lower_case": "no"}, "do_lower_case"),
     ("albert", {"cls_token": "<s>"}, "<s>"),
@@ -1917,62 +1899,50 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ("bert", {"added_tokens_decoder": {"7": {"content": "[E1]"}, "8": {"content": "[E2]"}}}, r"\[E1\], \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
-])
-def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(kind, settings, named, request, tmp_path):
-    folder = copy_folder(request, kind, tmp_path)
+], indirect=["folder"])
+def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(folder, settings, named):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=named):
         text_module.load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("kind", ["albert", "roberta", "bert"])
-def test_settings_that_transformers_writes_by_itself_change_nothing(kind, request, tmp_path):
-    folder = copy_folder(request, kind, tmp_path)
-    ours, oracle = text_module.load_tokenizer(folder), getattr(transformers, kind.title() + "Tokenizer")
-    oracle.from_pretrained(folder).save_pretrained(folder)
-    assert (folder / "special_tokens_map.json").exists()
-    assert [text_module.load_tokenizer(folder).encode(text) for text in SENTENCES] == [*map(ours.encode, SENTENCES)]
-
-
-@pytest.mark.parametrize("kind", ["albert", "roberta", "bert"])
-def test_added_tokens_are_refused_by_name(kind, request, tmp_path):
-    folder = copy_folder(request, kind, tmp_path)
+def test_added_tokens_are_refused_by_name(folder):
     (folder / "added_tokens.json").write_text('{"covid": 999, "[MASK]": 4, "<mask>": 4}')
     with pytest.raises(InputError, match="covid"):
         text_module.load_tokenizer(folder)
 
 
-def test_robertas_vocabulary_of_2019_leaves_out_three_ids(roberta_folder, tmp_path):
-    vocab = json.loads((roberta_folder / "vocab.json").read_text())
+def test_settings_that_transformers_writes_by_itself_change_nothing(folder):
+    ours, oracle = text_module.load_tokenizer(folder), getattr(transformers, f"{folder.name.title()}Tokenizer")
+    oracle.from_pretrained(folder).save_pretrained(folder)
+    again = text_module.load_tokenizer(folder)
+    assert (folder / "tokenizer_config.json").exists() and [*map(again.encode, SENTENCES)] == [*map(ours.encode, SENTENCES)]
+
+
+@pytest.mark.parametrize("folder", ["roberta"], indirect=True)
+def test_robertas_vocabulary_of_2019_leaves_out_three_ids(folder):
+    vocab = json.loads((folder / "vocab.json").read_text())
     last = max(vocab.values())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 3}))
-    tokenizer = text_module.RobertaTokenizer(tmp_path / "vocab.json", roberta_folder / "merges.txt")
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 3}))
+    tokenizer = text_module.load_tokenizer(folder)
     assert tokenizer.vocab_size == last + 4 and tokenizer.tokens([last, last + 3]) == ["<unk>", "<mask>"]
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 20}))
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 20}))
     with pytest.raises(InputError, match="vocab.json: not a whole .*at most 10 left out.*get it again"):
-        text_module.RobertaTokenizer(tmp_path / "vocab.json", roberta_folder / "merges.txt")
-
-
-SMALL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
-SMALL_FILES = {
-    "vocab.json": json.dumps({piece: i for i, piece in enumerate(SMALL_PIECES)}).encode(),
-    "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
-    "vocab.txt": "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "caf\u00e9", "##b", ""]).encode(),
-}
+        text_module.load_tokenizer(folder)
 
 
 @pytest.fixture(params=["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
 def damaged(request, tmp_path):
-    """The name and bytes of a file, and a function of other bytes: True if they are refused by one sentence that names
+    """The bytes of a small file, and a function of other bytes: True if these are refused by one sentence that names
     the file, False if they make a tokenizer that works."""
-    files = SMALL_FILES
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
+    files = {"vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
+             "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
+             "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode()}
     if request.param == "spiece.model":
         files = text_module.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30).files
-    elif request.param == "vocab.txt":
-        files = {"vocab.txt": SMALL_FILES["vocab.txt"]}
-    for name, data in files.items():
-        if request.param == "vocab.txt" or name != "vocab.txt":
-            (tmp_path / name).write_bytes(data)
+    for name in files.keys() - ({"vocab.json", "merges.txt"} if request.param == "vocab.txt" else {}):
+        (tmp_path / name).write_bytes(files[name])
 
     def refused(data):
         (tmp_path / request.param).write_bytes(data)
@@ -1981,22 +1951,21 @@ def damaged(request, tmp_path):
             for text in ("the cat, 3,000", "caf\u00e9 \u4e2d \U0001f600 a\0b", ""):
                 tokenizer.tokens(tokenizer.encode(text, "x")[0])
         except InputError as error:
-            assert request.param in str(error) and "\n" not in str(error) and len(str(error)) < 400
+            assert request.param in str(error) and "\n" not in str(error) and len(str(error)) < 500
             return True
         return False
 
-    return request.param, files[request.param], refused
+    return files[request.param], refused
 
 
 def test_a_tokenizers_file_cut_at_any_byte_is_refused_or_works(damaged):
-    name, whole, refused = damaged
-    cuts = [n for n in range(len(whole)) if not refused(whole[:n])]
-    assert len(cuts) < len(whole) / 2
-    assert name == "spiece.model" or all(whole[n - 1:n] == b"\n" for n in cuts)
+    whole, refused = damaged
+    works = [n for n in range(len(whole)) if not refused(whole[:n])]
+    assert len(works) < len(whole) / 2 and (b"<pad>\x15" in whole or all(whole[n - 1] == 10 for n in works))
 
 
 def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged):
-    name, whole, refused = damaged
+    whole, refused = damaged
     draw, count = random.Random(0), 0
     for _ in range(400):
         data = bytearray(whole)
@@ -2007,7 +1976,7 @@ def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged):
 
 
 def test_a_tokenizers_file_of_other_content_is_refused(damaged):
-    name, whole, refused = damaged
+    whole, refused = damaged
     bad = [b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"1" * 10_000,
            b"\n", b"#version: 0.2\na b", b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b"\x0a\xff\xff\x7f",
            b'{"<s>": 99999999999999999999}', whole + b"x", b"\xff" + whole, b"#version: 0.2\na b c\n", b"a b\n",

@@ -1,7 +1,7 @@
 """From text to ids: ALBERT's SentencePiece, RoBERTa's byte-level BPE and BERT's WordPiece.
 
-The ids are those of the slow tokenizers of transformers 4.57.6 (its fast ones give others), but for one thing: the
-string of a special token, such as "[SEP]", is plain text where it stands in a text.
+The ids are those of the slow tokenizers of transformers 4.57.6 (its fast ones give others), but for one
+thing: the string of a special token, such as "[SEP]", is plain text in a text.
 """
 
 import contextlib
@@ -21,29 +21,30 @@ import sentencepiece
 from checkpoint import InputError, atomic_write, read_json
 
 
-def shorten(text):
-    return text if len(text) <= 80 else text[:77] + "..."
+# ---- until these come from checkpoint.py ----
+
+def shorten(value):
+    return value if len(value) <= 80 else value[:77] + "..."
 
 
-_short = shorten    # until glue.py takes checkpoint's
+_short = shorten    # glue.py's
+
+
+def check(good, reason):
+    if not good:
+        raise ValueError(reason)
 
 
 @contextlib.contextmanager
-def whole(path, what):
-    """Turns any failure to read a tokenizer's file into an InputError of one sentence."""
+def guard(path, what):
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: not a whole {what} ({shorten(str(error))}); get it again") from None
-
-
-def write(path, data):
-    with contextlib.suppress(OSError):    # atomic_write says what is wrong
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(data)
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"{path}: not a whole {what} ({shorten(str(error))}); get it again") from error
 
 
 # ---- what the three share ----
@@ -56,10 +57,9 @@ class Tokenizer:
     fixed = {}        # what else it may say that changes the ids, with the only value that is understood
 
     def set_vocabulary(self, ids):
-        """Takes the id of each piece. Raises ValueError where a special token has none."""
+        """Takes the id of each piece, a dict. Raises ValueError where a special token has none."""
         for piece in self.special:
-            if piece not in ids:
-                raise ValueError(f"it has no piece {piece}")
+            check(piece in ids, f"it has no piece {piece}")
         self.cls_id, self.sep_id, self.pad_id, self.unk_id, _ = [ids[piece] for piece in self.special]
         self.pieces = {index: piece for piece, index in ids.items()}
         self.vocab_size = max(self.pieces) + 1
@@ -67,25 +67,27 @@ class Tokenizer:
         self.ids = {piece: index for piece, index in ids.items() if piece not in self.special}
 
     def encode(self, a, b=None, max_length=128):
-        """Returns (ids, segments) of the text a, or of the pair a, b (b may be ""), of at most max_length tokens.
+        """Returns (ids, segments) of the text a, or of the pair a, b ("" is a text), cut to max_length.
 
-        ALBERT and BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segments 0 and, for B [SEP], 1. RoBERTa:
-        <s> A </s> or <s> A </s></s> B </s>, with segments 0. Until all fit, the longer text loses its last token,
-        B if both are equal. A lone surrogate is taken for U+FFFD. Raises InputError if special tokens do not fit."""
+        ALBERT, BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segment 1 for B [SEP] and else 0. RoBERTa:
+        <s> A </s> or <s> A </s></s> B </s>, with segment 0. The longer text, B if both are equal, loses its
+        last token until all fit. A lone surrogate is U+FFFD. InputError if not even the special tokens fit.
+        """
         return self.encode_all([(a, b)], max_length)[0]
 
     def encode_all(self, examples, max_length=128):
-        """Returns what encode() returns of each (text, None) or (text_a, text_b); further fields do not count."""
-        examples = list(examples)
+        """encode() of each (text, None) or (text_a, text_b); further fields do not count."""
+        examples, texts = list(examples), []
         for example in examples:
             if isinstance(example, str):
-                raise TypeError(f"expected examples such as (text, None), found the string {shorten(example)!r}")
-        texts = [text for example in examples for text in example[:2] if text is not None]
+                raise TypeError(f"expected examples like (text, None), found the string {shorten(example)}")
+            texts += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in example[:2] if text is not None]
         collecting = gc.isenabled()
-        gc.disable()    # of the many new lists none is garbage, and to look for some takes as long as the work itself
+        gc.disable()    # no new list is garbage, and looking for some takes as long as all the rest
         try:
-            ids = iter(self.texts_ids([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]))
-            return [self.join(next(ids), None if b is None else next(ids), max_length) for _, b, *_ in examples]
+            ids = iter(self.texts_ids(texts))
+            return [self.join(next(ids), None if b is None else next(ids), max_length)
+                    for _, b, *_ in examples]
         finally:
             if collecting:
                 gc.enable()
@@ -111,11 +113,13 @@ class Tokenizer:
         return [self.pieces.get(int(index), self.pieces[self.unk_id]) for index in ids]
 
     def save(self, folder):
-        """Writes the files that were read, byte for byte, and in tokenizer_config.json what is not the default."""
-        for name, data in self.files.items():
-            write(Path(folder) / name, data)
+        """Writes the files that were read, byte for byte, and a tokenizer_config.json if it is needed."""
+        files = dict(self.files)
         if self.settings != self.obeyed:
-            write(Path(folder) / "tokenizer_config.json", json.dumps(self.settings).encode())
+            files["tokenizer_config.json"] = json.dumps(self.settings).encode()
+        for name, data in files.items():
+            with atomic_write(Path(folder) / name) as file:
+                file.write(data)
 
 
 # ---- ALBERT ----
@@ -129,16 +133,17 @@ class AlbertTokenizer(Tokenizer):
     def __init__(self, model_file, lower_case=True, keep_accents=False):
         self.model_file, self.model = model_file, sentencepiece.SentencePieceProcessor()
         self.settings = {"do_lower_case": lower_case, "keep_accents": keep_accents}
-        with whole(model_file, "SentencePiece model"):
+        with guard(model_file, "SentencePiece model"):
             self.files = {"spiece.model": Path(model_file).read_bytes()}
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
-        # SentencePiece's own ids are right but for these: of pieces to be cut, and of no piece or a special one.
-        self.odd = {i for i, piece in self.pieces.items() if ends_in_digit_comma(piece) or piece not in self.ids}
+            # SentencePiece's own ids are right but for these.
+            self.odd = {index for index, piece in self.pieces.items() if self.piece_ids(piece) != [index]}
+            self.odd.add(self.unk_id)
 
     def texts_ids(self, texts):
-        texts = [clean(text, *self.settings.values()) for text in texts]
-        with whole(self.model_file, "SentencePiece model"):    # some damage shows only here
+        texts = [clean(text, **self.settings) for text in texts]
+        with guard(self.model_file, "SentencePiece model"):    # some damage shows only here
             ids_of_texts = self.model.encode(texts)
             for n, ids in enumerate(ids_of_texts):
                 if not self.odd.isdisjoint(ids):
@@ -147,57 +152,56 @@ class AlbertTokenizer(Tokenizer):
         return ids_of_texts
 
     def piece_ids(self, piece):
-        """The ids of a piece; one like "▁3," is cut: its digits are encoded anew, and the comma follows."""
+        """The ids of a piece. One like "▁3," is cut: its digits are encoded anew, and the comma follows."""
         parts = [piece]
-        if ends_in_digit_comma(piece):
+        if piece.endswith(",") and piece[-2:-1].isdigit():
             parts = [*self.model.encode(piece[:-1].replace("▁", ""), out_type=str), ","]
             if not piece.startswith("▁"):
                 parts[0] = parts[0].removeprefix("▁")
         return [self.ids.get(part, self.unk_id) for part in parts if part]
 
 
-def ends_in_digit_comma(piece):
-    return len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
-
-
-def clean(text, lower_case=True, keep_accents=False):
-    """ALBERT's text before SentencePiece: single spaces, `` and '' as ", NFKD without its marks, lower case."""
+def clean(text, do_lower_case=True, keep_accents=False):
+    """ALBERT's text before SentencePiece: single spaces, `` and '' as ", NFKD without marks, lower case."""
     text = " ".join(text.split()).replace("``", '"').replace("''", '"')
-    if lower_case and not text.isascii():
-        text = "".join([c.lower() for c in text])    # one by one, as in the reference: no sigma becomes a final one
+    if do_lower_case and not text.isascii():
+        # The reference does this to each character by itself, so no sigma becomes a final one.
+        text = "".join([c.lower() for c in text])
     if not keep_accents and not text.isascii():
-        # Also one by one: normalize() orders marks in quadratic time, and here they are dropped.
-        text = "".join([c for character in text for c in normalize("NFKD", character) if not combining(c)])
-    return text.lower() if lower_case else text
+        # By itself as well: normalize() takes quadratic time to sort marks, and they are dropped.
+        text = "".join([normalize("NFKD", c) for c in text])
+        text = "".join([c for c in text if not combining(c)])
+    return text.lower() if do_lower_case else text
 
 
 def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
-    """Trains a SentencePiece model with ALBERT's special ids and writes FOLDER/spiece.model -> AlbertTokenizer.
+    """Trains a SentencePiece model with ALBERT's special ids, writes FOLDER/spiece.model -> AlbertTokenizer.
 
-    The same texts and seed give the same model; there may be too little in them for vocab_size pieces. It is of the
-    kind "bpe": ALBERT's own, "unigram", makes no piece of a word that is not part of a longer one, and spells
-    `parity` nearly letter by letter."""
+    The same texts and seed give the same model, with fewer than vocab_size pieces if there is little in them.
+    It is of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one.
+    """
     texts = list(texts)
     if len(texts) > 100_000:
         texts = random.Random(seed).sample(texts, 100_000)
-    texts = [text for text in map(clean, texts) if text]
-    model = io.BytesIO()
+    texts, model = [text for text in map(clean, texts) if text], io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, normalization_rule_name="identity", character_coverage=0.9999, num_threads=1,
-            pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", control_symbols=["[CLS]", "[SEP]", "[MASK]"],
-            minloglevel=2)
+            hard_vocab_limit=False, normalization_rule_name="identity", character_coverage=0.9999,
+            num_threads=1, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>",
+            control_symbols=["[CLS]", "[SEP]", "[MASK]"])
     except RuntimeError as error:
         raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts "
                          f"({shorten(str(error))}): use more text or another size") from None
-    write(Path(folder) / "spiece.model", model.getvalue())
-    return AlbertTokenizer(Path(folder) / "spiece.model")
+    path = Path(folder) / "spiece.model"
+    with atomic_write(path) as file:
+        file.write(model.getvalue())
+    return AlbertTokenizer(path)
 
 
 # ---- RoBERTa ----
 
-# GPT-2's pattern, in ASCII. `re` has no classes for the letters and numbers of Unicode, so ascii_like() maps them.
+# GPT-2's pattern, in ASCII, for `re` has no class of all letters or all numbers; ascii_like() does the rest.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 MAX_HOLES = 10    # ids that vocab.json may leave out; RoBERTa's of 2019 leaves out 3
 
@@ -209,20 +213,20 @@ class RobertaTokenizer(Tokenizer):
     fixed, settings = {"add_prefix_space": False}, {}
 
     def __init__(self, vocab_json, merges_txt):
-        with whole(vocab_json, "vocab.json of RoBERTa"):
+        with guard(vocab_json, "vocab.json"):
             self.files = {"vocab.json": Path(vocab_json).read_bytes()}
-            ids = read_json(vocab_json, "a vocabulary")
+            ids = read_json(vocab_json)
             numbers = {index for index in ids.values() if type(index) is int}
-            if len(numbers) < len(ids) or min(numbers) != 0 or max(numbers) >= len(ids) + MAX_HOLES:
-                raise ValueError(f"its ids do not number its pieces from 0 on, with at most {MAX_HOLES} left out")
+            good = len(numbers) == len(ids) and min(numbers) == 0 and max(numbers) < len(ids) + MAX_HOLES
+            check(good, f"its ids do not number its pieces from 0 on, with at most {MAX_HOLES} left out")
             self.set_vocabulary(ids)
-        with whole(merges_txt, "merges.txt of RoBERTa"):
+        with guard(merges_txt, "merges.txt"):
             self.files["merges.txt"] = Path(merges_txt).read_bytes()
             first, *lines, last = self.files["merges.txt"].decode("utf-8").split("\n")
             pairs = [tuple(line.removesuffix("\r").split(" ")) for line in lines]
+            check(first.startswith("#version") and last == "", "it has no #version or breaks off")
             good = all([len(pair) == 2 and "".join(pair) in ids for pair in pairs])
-            if not good or not first.startswith("#version") or last != "":
-                raise ValueError("expected #version and lines that merge two pieces into one of vocab.json")
+            check(good, "a line does not merge two pieces into one of vocab.json")
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         # A byte is written as itself where that can be seen, else as one of the characters from U+0100 on.
         visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, map(chr, range(256, 512))
@@ -253,9 +257,9 @@ def ascii_like(c):
 
 
 def merge(pieces, ranks):
-    """Byte pair encoding: again and again, the pair of neighbours of lowest rank is merged wherever it stands."""
+    """Byte pair encoding: time and again, the pair of neighbours of the lowest rank is merged all over."""
     while len(pieces) > 1:
-        pair = min(set(zip(pieces, pieces[1:])), key=lambda pair: ranks.get(pair, len(ranks)))
+        pair = min(set(zip(pieces, pieces[1:])), key=lambda pair: ranks.get(pair, float("inf")))
         if pair not in ranks:
             break
         a, b = pair    # spaces on both sides of each piece make the merge a replacement of text
@@ -277,12 +281,11 @@ class BertTokenizer(Tokenizer):
 
     def __init__(self, vocab_txt, lower_case=True):
         self.settings = {"do_lower_case": lower_case}
-        with whole(vocab_txt, "vocab.txt of BERT"):
+        with guard(vocab_txt, "vocab.txt"):
             self.files = {"vocab.txt": Path(vocab_txt).read_bytes()}
             *lines, last = self.files["vocab.txt"].decode("utf-8").split("\n")
             ids = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-            if len(ids) < len(lines) or last != "":
-                raise ValueError("it has a piece twice or breaks off within a line")
+            check(len(ids) == len(lines) and last == "", "it has a piece twice or breaks off within a line")
             self.set_vocabulary(ids)
         self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
@@ -291,12 +294,12 @@ class BertTokenizer(Tokenizer):
 
     def word_ids(self, word):
         """The ids of a text without spaces."""
-        text = [c for c in word if c in "\t\n\r" or category(c)[0] != "C"]    # no control characters
+        text = [c for c in word if c in "\t\n\r" or (category(c)[0] != "C" and c != "\ufffd")]
         if self.settings["do_lower_case"]:
             text = [c for c in ordered("".join([c.lower() for c in text])) if category(c) != "Mn"]
         else:
             text = normalize("NFC", ordered(text))
-        words = "".join([f" {c} " if is_word(c) else c for c in text if c != "\ufffd"]).split()
+        words = "".join([f" {c} " if is_word(c) else c for c in text]).split()
         return [index for word in words for index in self.longest_pieces(word)]
 
     def longest_pieces(self, word):
@@ -331,35 +334,34 @@ def is_word(c):
 # ---- from a folder ----
 
 def load_tokenizer(folder):
-    """The tokenizer whose files are in the folder. What tokenizer_config.json and added_tokens.json say of the ids is
-    obeyed or an InputError; special_tokens_map.json and tokenizer.json are not read."""
+    """The tokenizer whose files are in the folder. What tokenizer_config.json and added_tokens.json say of
+    ids is obeyed or an InputError; special_tokens_map.json and tokenizer.json are not read."""
     folder = Path(folder)
     for kind, *names in ((AlbertTokenizer, "spiece.model"), (AlbertTokenizer, "30k-clean.model"),
                          (RobertaTokenizer, "vocab.json", "merges.txt"), (BertTokenizer, "vocab.txt")):
         if all(os.path.isfile(folder / name) for name in names):
             return kind(*[folder / name for name in names], *read_settings(folder, kind))
-    raise InputError(f"{folder} has no tokenizer: expected spiece.model or 30k-clean.model (ALBERT), vocab.json and "
-                     "merges.txt (RoBERTa) or vocab.txt (BERT), so copy them there from where the model came from")
+    raise InputError(f"{folder} has no tokenizer: expected spiece.model or 30k-clean.model (ALBERT), "
+                     "vocab.json and merges.txt (RoBERTa) or vocab.txt (BERT); copy them from its source")
 
 
 def read_settings(folder, kind):
-    """The values of kind.obeyed in the folder. Raises InputError where the folder asks for ids that the class does
-    not give: by another setting, or by tokens besides the special ones."""
+    """The values of kind.obeyed in the folder. InputError if it asks for ids that the class does not give."""
     path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(path) if os.path.isfile(path) else {}
+    tokens = list(read_json(added_path)) if os.path.isfile(added_path) else []
     obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
-    fixed = dict(kind.fixed)
-    if kind is BertTokenizer:
-        fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means just that
-    strange = [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
-    strange += [key for key, value in obeyed.items() if type(value) is not bool]
-    with whole(path, "tokenizer_config.json"):
-        tokens = [value for key, value in settings.items() if key.endswith("_token") and type(value) is not bool]
-        tokens += [*settings.get("added_tokens_decoder", {}).values(), *settings.get("additional_special_tokens", [])]
+    odd = [key for key, value in obeyed.items() if type(value) is not bool]
+    odd += [key for key, value in kind.fixed.items() if settings.get(key) not in (value, None)]
+    if kind is BertTokenizer and settings.get("strip_accents") not in (obeyed["do_lower_case"], None):
+        odd.append("strip_accents")    # null, the usual value, makes it follow the case, as here
+    with guard(path, "tokenizer_config.json"):
+        tokens += [settings.get(key) for key in ("cls_token", "sep_token", "pad_token", "unk_token")]
+        tokens += settings.get("added_tokens_decoder", {}).values()
+        tokens += settings.get("additional_special_tokens") or []
         tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
-    tokens += read_json(added_path) if os.path.isfile(added_path) else []
-    strange += [str(token) for token in dict.fromkeys(tokens) if token not in (*kind.special, None)]
-    if strange:
-        raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(strange))}, which changes the ids in a way "
-                         f"that {kind.__name__} does not know; use a model without that")
+    odd += [str(token) for token in tokens if token not in (*kind.special, None)]
+    if odd:
+        raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(odd))}, which changes the ids, but "
+                         f"{kind.__name__} does not know how; use a model without that")
     return obeyed.values()
