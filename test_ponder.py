@@ -1617,7 +1617,8 @@ def roberta_folder(tmp_path_factory):
     parts = re.findall(r" ?\w+|\s+|\S", " ".join(words(60, 3) + SENTENCES))
     parts = ["".join(symbols[byte] for byte in part.encode()) for part in parts if len(part) < 9]
     merges = dict.fromkeys((part[:i], part[i]) for part in parts[::2] for i in range(1, len(part)))
-    pieces = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *symbols.values(), *map("".join, merges), "<mask>"])
+    pieces = [*symbols.values(), *map("".join, merges)]
+    pieces = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *pieces, "<mask>"])
     folder = tmp_path_factory.mktemp("roberta")
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
@@ -1651,9 +1652,8 @@ def tokenizers(request, tmp_path_factory):
     shutil.copytree(request.getfixturevalue(f"{kind}_folder"), folder, dirs_exist_ok=True)
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    oracle = {"albert": transformers.AlbertTokenizer, "roberta": transformers.RobertaTokenizer,
-              "bert": transformers.BertTokenizer}[kind]
-    return text_module.load_tokenizer(folder), oracle.from_pretrained(folder)
+    oracle = getattr(transformers, kind.title() + "Tokenizer").from_pretrained(folder)
+    return text_module.load_tokenizer(folder), oracle
 
 
 def oracle_inputs(oracle, a, b, max_length):
@@ -1755,7 +1755,7 @@ def test_ids_equal_the_slow_tokenizers_at_every_character_with_case_marks_or_pun
 def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
     tokenizer = text_module.load_tokenizer(albert_folder)
     assert tokenizer.model.encode("in 12, 7", out_type=str)[-2] == "\u258112,"
-    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0])[-5:-2] in (["\u25811", "2", ","], [*"12,"])
+    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0])[-5:-1] == ["\u25811", "2", ",", "\u25817"]
 
 
 def test_roberta_cuts_words_where_the_published_pattern_does(roberta_folder):
@@ -1780,8 +1780,8 @@ def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_
 
 @pytest.mark.parametrize("text", [
     "", " ", "x", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00",
-    "\0", "\r\n", "\ufeff", "\t\"'", "\x85\u2028", "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]", "[pad]",
-    "</s>", "<mask>",
+    "\0", "\r\n", "\ufeff", "\t\"'", "\x85\u2028", "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]",
+    "[pad]", "</s>", "<mask>",
 ])
 def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text):
     tokenizer, oracle = tokenizers
@@ -1869,7 +1869,7 @@ def test_texts_that_no_tokenizer_can_be_trained_on_are_refused(texts, size, foun
 # ---- text.py: folders and files ----
 
 @pytest.fixture(params=["albert", "roberta", "bert"])
-def folder(request, tmp_path):
+def tokenizer_folder(request, tmp_path):
     """A folder that a test may change, named after its tokenizer."""
     return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / request.param))
 
@@ -1883,7 +1883,7 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
         text_module.BertTokenizer(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("folder, settings, named", [
+@pytest.mark.parametrize("tokenizer_folder, settings, named", [
     ("albert", {"remove_space": False}, "remove_space"),
     ("albert", {"do_lower_case": "no"}, "do_lower_case"),
     ("albert", {"cls_token": "<s>"}, "<s>"),
@@ -1895,51 +1895,53 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ("bert", {"added_tokens_decoder": {"7": {"content": "E1"}, "8": {"content": "[E2]"}}}, r"E1, \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
-], indirect=["folder"])
-def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(folder, settings, named):
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+], indirect=["tokenizer_folder"])
+def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(tokenizer_folder, settings, named):
+    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=named):
-        text_module.load_tokenizer(folder)
+        text_module.load_tokenizer(tokenizer_folder)
 
 
-def test_added_tokens_are_refused_by_name(folder):
-    (folder / "added_tokens.json").write_text('{"covid": 999, "[MASK]": 4, "<mask>": 4}')
+def test_added_tokens_are_refused_by_name(tokenizer_folder):
+    (tokenizer_folder / "added_tokens.json").write_text('{"covid": 999, "[MASK]": 4, "<mask>": 4}')
     with pytest.raises(InputError, match="covid"):
-        text_module.load_tokenizer(folder)
+        text_module.load_tokenizer(tokenizer_folder)
 
 
-def test_settings_that_transformers_writes_by_itself_change_nothing(folder):
-    ours = text_module.load_tokenizer(folder)
-    getattr(transformers, folder.name.title() + "Tokenizer").from_pretrained(folder).save_pretrained(folder)
-    assert (folder / "tokenizer_config.json").exists()
-    again = text_module.load_tokenizer(folder)
+def test_settings_that_transformers_writes_by_itself_change_nothing(tokenizer_folder):
+    ours = text_module.load_tokenizer(tokenizer_folder)
+    kind = getattr(transformers, tokenizer_folder.name.title() + "Tokenizer")
+    kind.from_pretrained(tokenizer_folder).save_pretrained(tokenizer_folder)
+    assert (tokenizer_folder / "tokenizer_config.json").exists()
+    again = text_module.load_tokenizer(tokenizer_folder)
     assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
 
 
-@pytest.mark.parametrize("folder", ["roberta"], indirect=True)
-def test_robertas_vocabulary_of_2019_leaves_out_three_ids(folder):
-    vocab = json.loads((folder / "vocab.json").read_text())
+@pytest.mark.parametrize("tokenizer_folder", ["roberta"], indirect=True)
+def test_robertas_vocabulary_of_2019_leaves_out_three_ids(tokenizer_folder):
+    vocab = json.loads((tokenizer_folder / "vocab.json").read_text())
     last = max(vocab.values())
-    (folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 3}))
-    tokenizer = text_module.load_tokenizer(folder)
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 3}))
+    tokenizer = text_module.load_tokenizer(tokenizer_folder)
     assert tokenizer.vocab_size == last + 4 and tokenizer.tokens([last, last + 3]) == ["<unk>", "<mask>"]
-    (folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 20}))
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 20}))
     with pytest.raises(InputError, match="vocab.json: not a whole .*at most 10 left out.*get it again"):
-        text_module.load_tokenizer(folder)
+        text_module.load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(params=["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
-def damaged(request, tmp_path):
+def damaged_tokenizer(request, tmp_path):
     """The bytes of a small file, and a function of other bytes: True if they are refused by one sentence that
     names the file, False if they make a tokenizer that works."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
     files = {"vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
-             "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
-             "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode()}
+             "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode()}
+    if request.param == "vocab.txt":
+        files = {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode()}
     if request.param == "spiece.model":
         files = text_module.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30).files
-    for name in files.keys() - ({"vocab.json", "merges.txt"} if request.param == "vocab.txt" else {}):
-        (tmp_path / name).write_bytes(files[name])
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
 
     def refused(data):
         (tmp_path / request.param).write_bytes(data)
@@ -1955,14 +1957,14 @@ def damaged(request, tmp_path):
     return files[request.param], refused
 
 
-def test_a_tokenizers_file_cut_at_any_byte_is_refused_or_works(damaged):
-    whole, refused = damaged
+def test_a_tokenizers_file_cut_at_any_byte_is_refused_or_works(damaged_tokenizer):
+    whole, refused = damaged_tokenizer
     works = [n for n in range(len(whole)) if not refused(whole[:n])]
     assert len(works) < len(whole) / 2 and (b"<pad>\x15" in whole or all(whole[n - 1] == 10 for n in works))
 
 
-def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged):
-    whole, refused = damaged
+def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged_tokenizer):
+    whole, refused = damaged_tokenizer
     draw, count = random.Random(0), 0
     for _ in range(400):
         data = bytearray(whole)
@@ -1972,14 +1974,13 @@ def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged):
     assert count > 50
 
 
-def test_a_tokenizers_file_of_other_content_is_refused(damaged):
-    whole, refused = damaged
+def test_a_tokenizers_file_of_other_content_is_refused(damaged_tokenizer):
+    whole, refused = damaged_tokenizer
     bad = [
         b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"\n",
-        b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 99999999999999999999}',
-        b"a b\n",
-        b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\n\n", b"#version: 0.2\na\xff b\n",
-        b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
+        b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 9999999999999999}',
+        b"a b\n", b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\na\xff b\n",
+        b"#version: 0.2\n\n", b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
         whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n",
     ]
     assert [data[:40] for data in bad if data != whole and not refused(data)] == []

@@ -51,13 +51,12 @@ def guard(path, what):
 
 class Tokenizer:
     """vocab_size is the largest id + 1; pad_id, cls_id, sep_id and unk_id are the ids of special tokens."""
-    separators = 1    # how many stand between A and B
-    segment_b = 1     # the segment of B and of the separator after it
-    obeyed = {}       # what tokenizer_config.json may say and the class obeys, with the defaults
-    fixed = {}        # what else it may say that changes the ids, with the only value that is understood
+    separators, segment_b = 1, 1    # separators between A and B, and the segment of B
+    obeyed = {}    # the settings of tokenizer_config.json that the class follows, with their defaults
+    fixed = {}     # others that change the ids, with the only value that it knows
 
     def set_vocabulary(self, ids):
-        """Takes the id of each piece, a dict. Raises ValueError where a special token has none."""
+        """Takes a dict of the ids by piece. Raises ValueError where a special token has none."""
         for piece in self.special:
             check(piece in ids, f"it has no piece {piece}")
         self.cls_id, self.sep_id, self.pad_id, self.unk_id, _ = [ids[piece] for piece in self.special]
@@ -80,7 +79,7 @@ class Tokenizer:
         examples, texts = list(examples), []
         for example in examples:
             if isinstance(example, str):
-                raise TypeError(f"expected examples like (text, None), found the string {shorten(example)}")
+                raise TypeError(f"expected examples like (text, None), found the string '{shorten(example)}'")
             texts += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in example[:2] if text is not None]
         collecting = gc.isenabled()
         gc.disable()    # no new list is garbage, and looking for some takes as long as all the rest
@@ -247,13 +246,11 @@ def ascii_like(c):
     """A character of ASCII of the same kind for WORDS: letter, number, white space or another."""
     if c.isascii():
         return c
-    if c.isspace():
-        return "\n"
     if category(c)[0] == "L":
         return "a"
     if category(c)[0] == "N":
         return "0"
-    return "!"
+    return "\n" if c.isspace() else "!"
 
 
 def merge(pieces, ranks):
