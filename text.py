@@ -347,17 +347,20 @@ def read_settings(folder, kind):
     path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(path) if os.path.isfile(path) else {}
     tokens = list(read_json(added_path)) if os.path.isfile(added_path) else []
-    obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
-    odd = [key for key, value in obeyed.items() if type(value) is not bool]
-    odd += [key for key, value in kind.fixed.items() if settings.get(key) not in (value, None)]
-    if kind is BertTokenizer and settings.get("strip_accents") not in (obeyed["do_lower_case"], None):
-        odd.append("strip_accents")    # null, the usual value, makes it follow the case, as here
+    fixed = {**kind.fixed, **dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), kind.special))}
     with guard(path, "tokenizer_config.json"):
-        tokens += [settings.get(key) for key in ("cls_token", "sep_token", "pad_token", "unk_token")]
         tokens += settings.get("added_tokens_decoder", {}).values()
         tokens += settings.get("additional_special_tokens") or []
         tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
-    odd += [str(token) for token in tokens if token not in (*kind.special, None)]
+        for key, value in settings.items():
+            if key in fixed and isinstance(value, dict):
+                settings[key] = value.get("content", value)    # a token may come with its properties
+    obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
+    if kind is BertTokenizer:
+        fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means this
+    odd = [key for key, value in obeyed.items() if type(value) is not bool]
+    odd += [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
+    odd += [str(token) for token in tokens if token not in kind.special]
     if odd:
         raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(odd))}, which changes the ids, but "
                          f"{kind.__name__} does not know how; use a model without that")
