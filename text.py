@@ -274,7 +274,8 @@ class BertTokenizer(Tokenizer):
     """WordPiece: the longest pieces of each word, from left to right."""
     special = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
     obeyed = {"do_lower_case": True}
-    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": []}
+    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": [],
+             "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
 
     def __init__(self, vocab_txt, lower_case=True):
         self.settings = {"do_lower_case": lower_case}
