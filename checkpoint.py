@@ -170,7 +170,7 @@ def download(url, path, sha256=None, size=None, reader=None, token=None, tries=4
     file does, else reader(path), which raises InputError. Until then the bytes lie in `path`.part, where a later call
     goes on. token: for the host of `url` alone. A broken, stalled (`timeout`: seconds to connect, and between bytes)
     or busy (429, 5xx) server is asked again, `tries` times without progress, after `wait`, 2 `wait`, ... seconds."""
-    path, failures = Path(path), 0
+    path, failures, published = Path(path), 0, {"sha256": sha256, "size": size}
     with guard(path, "download", "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -181,19 +181,18 @@ def download(url, path, sha256=None, size=None, reader=None, token=None, tries=4
             while not path.is_file():  # else another process has fetched it while we waited
                 before = file.seek(0, os.SEEK_END)
                 try:
-                    sha256, size = request(url, file, path.name, sha256, size, token, wait, timeout)
-                    if sha256 is not None:
-                        sha256_file(part, sha256)
-                    elif reader is not None:
+                    request(url, file, path.name, published, token, timeout)
+                    sha256_file(part, published["sha256"])
+                    if published["sha256"] is None and reader is not None:
                         reader(part)
                     move(part, path)
                     return path
                 except InputError:  # if an earlier call has left a wrong part, one more try helps
                     file.truncate(0)
-                    reason, pause = "what came is not the file that was published", wait if before else None
+                    reason, pause = "what came is not the file that was published", 0 if before else None
                 except Failure as failure:
                     reason, pause = failure.args
-                if sha256 is None:
+                if published["sha256"] is None:
                     file.truncate(0)  # the bytes of two answers are joined only where a checksum judges them
                 after = file.seek(0, os.SEEK_END)
                 failures = 1 if after >= before + (1 << 20) else failures + 1
@@ -227,8 +226,8 @@ def open_part(path):
     return open(path.with_name(f"{path.name}.{os.getpid()}.part"), "a+b", buffering=0)
 
 
-def request(url, file, name, sha256, size, token, wait, timeout):
-    """One GET, appended to the file -> (sha256, size), as given or as the hub tells them. Raises Failure."""
+def request(url, file, name, published, token, timeout):
+    """One GET, appended to the file. published: its sha256 and size, filled in as the hub tells them. Raises Failure."""
     start = file.seek(0, os.SEEK_END)
     headers = {"Accept-Encoding": "identity"}  # else lengths would count compressed bytes
     if start:
@@ -239,23 +238,21 @@ def request(url, file, name, sha256, size, token, wait, timeout):
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             status, told = answer.status_code, answer.headers
             if status not in (200, 206, 416):
-                busy = status == 429 or status >= 500
-                later = told.get("Retry-After", "0")
+                later = told.get("Retry-After", "")
                 pause = min(int(later), 120) if later.isdecimal() else 0
-                raise Failure(f"the server answered {status}", pause if busy else None)
-            for hop in (*answer.history, answer):  # the hub redirects to its storage, and tells what is there
+                raise Failure(f"the server answered {status}", pause if status == 429 or status >= 500 else None)
+            for hop in answer.history:  # to the hub's storage, with the SHA-256 of what is there
                 linked = hop.headers.get("X-Linked-ETag", "").strip('"')
-                if sha256 is None and re.fullmatch("[0-9a-f]{64}", linked):
-                    sha256, size = linked, int(hop.headers.get("X-Linked-Size", 0)) or None
-            if status != 200 and sha256 is None:
+                if published["sha256"] is None and re.fullmatch("[0-9a-f]{64}", linked):
+                    published |= {"sha256": linked, "size": int(hop.headers.get("X-Linked-Size", 0)) or None}
+            if status != 200 and published["sha256"] is None:
                 raise Failure("no checksum would judge what an earlier try has left", 0)
             if status == 200:
                 start = file.truncate(0)  # the whole of it comes, whatever was asked for
-            if size is None and told.get("Content-Length", "").isdecimal():
-                size = start + int(told["Content-Length"])
+            length = told.get("Content-Length", "")
+            size = published["size"] or (start + int(length) if length.isdecimal() else None)
             if status != 416:  # else all of it is there
                 receive(answer, file, name, start, size)
-            return sha256, size
     except (requests.exceptions.SSLError, ValueError) as error:
         raise Failure(f"{type(error).__name__}: is the address right?", None) from error
     except requests.RequestException as error:
@@ -332,6 +329,8 @@ def extract_tar(path, folder, wanted=".*", max_bytes=4 << 30):
                     check(count <= 10000 and total <= max_bytes, "more members or bytes than any model has")
                     if member.isfile() and re.fullmatch(wanted, PurePosixPath(member.name).name):
                         archive.extract(member, temporary, filter="data")
+                stream.seek(archive.offset)
+                check(stream.read(512) == bytes(512), "it breaks off")  # where tarfile stops without a word
             while stream.read(1 << 16):  # to the end, where gzip's checksum stands
                 pass
         check(any(temporary.iterdir()), "none of the wanted files is in it")
