@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import InputError, check_sizes, find_model, load_config, load_encoder, make_config, read_weights
+from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
+                        read_weights)
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,9 @@ class Albert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the published weights of whatever `checkpoint.find_model` finds: a hub name, a folder in the hub's
-        form, Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names it; heads are
-        left out and named. A file without a pooler leaves ours freshly initialised."""
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name, a folder in the hub's form,
+        Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names it; heads
+        are left out and named. A file without a pooler leaves ours freshly initialised."""
         files = find_model(name_or_path)
         config = load_config(AlbertConfig, files, SIZES)
         weights, kind = read_weights(files)

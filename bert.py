@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from albert import Block
-from checkpoint import InputError, check_sizes, find_model, load_config, load_encoder, make_config, read_weights
+from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
+                        read_weights)
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,15 @@ class Roberta(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the published weights of whatever `checkpoint.find_model` finds: a hub name, a folder in the hub's
-        form. Each tensor of the encoder is used once, or an InputError names it; heads are left out and named. A file
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name or a folder in the hub's form.
+        Each tensor of the encoder is used once, or an InputError names it; heads are left out and named. A file
         without a pooler leaves ours freshly initialised."""
         files = find_model(name_or_path)
         config = load_config(RobertaConfig, files, SIZES)
         weights, kind = read_weights(files)
         if kind == "tensorflow":
-            raise InputError(f"{files.weights}: expected model.safetensors or pytorch_model.bin, found TensorFlow's "
-                             "weights; use one of these")
+            raise InputError(f"{files.weights}: expected model.safetensors or pytorch_model.bin, found "
+                             "TensorFlow's weights; use one of these")
         return load_encoder(lambda: cls(config), weights, files.weights, name_table(config))
 
 

