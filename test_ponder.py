@@ -1494,7 +1494,7 @@ def test_any_head_is_left_out_in_one_line_and_prefixes_and_old_norms_understood(
         found = load(folder_of(tmp_path / str(i), config, named), config)
         said = capsys.readouterr().err
         assert alike(found.state_dict(), expected)
-        assert said.count("\n") == 1 and f"{len(HEADS)} tensors" in said and str(tmp_path / str(i)) in said
+        assert said.count("\n") == 1 and f"{len(HEADS)} in all" in said and str(tmp_path / str(i)) in said
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -1581,56 +1581,33 @@ def test_every_published_model_has_sizes_and_every_size_is_published_or_from_scr
     assert all(len(sha256) == 64 for _, files in checkpoint.PUBLISHED.values() for sha256 in files.values())
 
 
-NOT_A_SIZE = st.one_of(
-    st.none(), st.booleans(), st.text(max_size=5), st.lists(st.integers(), max_size=3), st.floats(),
-    st.integers(max_value=-1),
-    st.integers(min_value=2**24 + 1), st.just(10**400),
-    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-    st.integers(100, 900).map(lambda depth: functools.reduce(lambda inner, _: [inner], range(depth), 1)))
-NOT_A_RATE = NOT_A_SIZE.filter(lambda value: not (type(value) is float and 0 < value < 1)) | st.integers()
-NOT_A_GELU = NOT_A_SIZE.filter(lambda value: value not in ("gelu", "gelu_new"))
+DEEP = functools.reduce(lambda inner, _: [inner], range(900), 1)
+NO_SIZES = [None, True, "5", [3], {}, 1.5, math.nan, -1, 2**24 + 1, 10**400, DEEP]
+NO_VALUES = {int: NO_SIZES, float: [*NO_SIZES[:5], 0.0, 1.0, math.inf, 1, DEEP], str: ["relu", *NO_SIZES]}
 
 
-@pytest.fixture(scope="module")
-def small_folders(tmp_path_factory):
-    return [folder_of(tmp_path_factory.mktemp("small"), config) for config in SMALL]
+@pytest.mark.parametrize("config", SMALL)
+def test_a_config_with_values_of_wrong_type_or_range_is_an_input_error(config):
+    for field in dataclasses.fields(config):
+        for bad in NO_VALUES[type(field.default)]:
+            assert field.name in refused(type(config).from_json, {field.name: bad}, "config.json")
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_a_config_with_values_of_wrong_type_or_range_is_an_input_error_and_nothing_else(small_folders, data):
-    which = data.draw(st.integers(0, 1))
-    field = data.draw(st.sampled_from(dataclasses.fields(SMALL[which])))
-    bad = data.draw({int: NOT_A_SIZE, float: NOT_A_RATE, str: NOT_A_GELU}[type(field.default)])
-    path = small_folders[which] / "config.json"
-    path.write_text(json.dumps(dataclasses.asdict(SMALL[which]) | {field.name: bad}))
-    with pytest.raises(InputError):
-        load(small_folders[which], SMALL[which])
-    with pytest.raises(InputError):
-        type(SMALL[which]).from_json({field.name: bad})
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_a_size_that_only_the_config_claims_is_refused_without_its_memory(small_folders, data):
-    which = data.draw(st.integers(0, 1))
-    layers = ["num_hidden_layers"] if which == 1 else ["inner_group_num", "num_hidden_groups",
-                                                       "num_hidden_layers"]
-    claims = ["vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size"]
-    claims += ["embedding_size"] if which == 0 else []
-    changed = {key: data.draw(st.integers(2**12, 2**23))
-               for key in data.draw(st.sets(st.sampled_from(claims), min_size=1))}
-    changed |= {key: data.draw(st.integers(3, 1000)) for key in data.draw(st.sets(st.sampled_from(layers)))}
-    if "hidden_size" in changed:
-        changed["hidden_size"] = changed["hidden_size"] // 3 * 3
-    path = small_folders[which] / "config.json"
-    path.write_text(json.dumps(dataclasses.asdict(SMALL[which]) | changed))
-
+@pytest.mark.parametrize("config", SMALL)
+def test_a_size_that_only_the_config_claims_is_refused_without_its_memory(config, tmp_path):
     def normal(weight, *_, **__):
         assert weight.is_meta, "memory was taken before the shapes were compared"
 
-    with mock.patch.object(torch.nn.init, "normal_", normal), pytest.raises(InputError):
-        load(small_folders[which], SMALL[which])
+    folder = folder_of(tmp_path, config)
+    with mock.patch.object(torch.nn.init, "normal_", normal):
+        for field in dataclasses.fields(config):
+            if type(field.default) is int and field.name not in ("pad_token_id", "num_attention_heads"):
+                claim = 900 if field.name in ("num_hidden_layers", "num_hidden_groups", "inner_group_num") else 3 << 20
+                changes = {field.name: claim, "num_hidden_layers": 900}
+                checkpoint.write_json(folder / "config.json", dataclasses.asdict(config) | changes)
+                if is_albert(config) and field.name == "num_hidden_layers":
+                    continue    # these share their weights
+                refused(load, folder, config)
 
 
 # ---- glue.py ----------------------------------------------------------------------------------------------------
