@@ -573,8 +573,7 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "albert-base-v2": "d24c30ec641e40087eed68adf958afe2dab0432790ec3ffa88b31ce773ae33eb",
     "roberta-base": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
     "bert-base-uncased": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-    "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-}
+    "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", }
 CONFIG_KEYS = ("model_type", "hidden_size")  # a config.json has one of these, and a server's error has not
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
 # What is taken of an archive; names such as ._config.json are macOS' own.
