@@ -760,11 +760,14 @@ def check_sizes(config):
             good, expected = value in ("gelu", "gelu_new"), "gelu or gelu_new"
         if not good:
             raise InputError(f"expected {name} to be {expected}, found {shorten(value)}")
-    heads = config.num_attention_heads
+    heads, last = config.num_attention_heads, min(config.vocab_size, config.max_position_embeddings - 1)
     blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
-    if config.hidden_size % heads or blocks > 1000:
-        raise InputError(f"expected hidden_size to be a multiple of num_attention_heads = {heads} and up to "
-                         f"1,000 blocks in all groups, found {config.hidden_size} and {blocks}")
+    for good, expected in (
+            (config.hidden_size % heads == 0, f"hidden_size to be a multiple of num_attention_heads = {heads}"),
+            (config.pad_token_id < last, "pad_token_id to be below vocab_size and max_position_embeddings - 1"),
+            (blocks <= 1000, "num_hidden_groups * inner_group_num to be up to 1,000")):
+        if not good:
+            raise InputError(f"expected {expected}, found another value")
 
 
 def make_config(config_class, values, must_be, source):
