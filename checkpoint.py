@@ -96,18 +96,13 @@ def sha256_file(path, published=None):
         return sha256
 
 
-def parse_json(data):
-    """bytes -> the dict in them, or ValueError"""
-    check(len(data) <= MAX_HEADER, f"more than {MAX_HEADER:,} bytes")
-    value = json.loads(bytes(data))
-    check(isinstance(value, dict), "no object")
-    return value
-
-
 def read_json(path, *needed):
     """The object in a JSON file, which has one of the keys `needed` -> dict"""
     with guard(path, "JSON file of its kind"):
-        values = parse_json(map_file(path))
+        data = map_file(path)
+        check(len(data) <= MAX_HEADER, f"more than {MAX_HEADER:,} bytes")
+        values = json.loads(bytes(data))
+        check(isinstance(values, dict), "no object")
         check(not needed or any(key in values for key in needed), f"no {' or '.join(needed)} in it")
         return values
 
@@ -210,7 +205,7 @@ def open_part(path):
     """The unfinished file, locked: of two processes one downloads, and the other waits and finds the file."""
     part = path.with_name(path.name + ".part")
     while fcntl is not None:
-        file = open(part, "a+b", buffering=0)
+        file = open(part, "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -221,7 +216,7 @@ def open_part(path):
         if part.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
             return file
         file.close()  # while we waited, the file that we had opened was renamed or removed
-    return open(path.with_name(f"{path.name}.{os.getpid()}.part"), "a+b", buffering=0)
+    return open(path.with_name(f"{path.name}.{os.getpid()}.part"), "a+b")
 
 
 def request(url, file, name, published, token, timeout):
@@ -274,6 +269,7 @@ def receive(answer, file, name, done, size):
             shown = time.monotonic()
             left = (size - done) * (shown - began) / (done - start)
             print(f"{name}: {done / 1e6:.1f}{of}, {left:.0f} s to go", file=sys.stderr)
+    file.flush()  # the checksum is that of the file's bytes
     if size and done < size:
         return f"the server sent {done:,} of {size:,} bytes", 0
     print(f"{name}: {done / 1e6:.1f}{of}, done", file=sys.stderr)
@@ -380,8 +376,8 @@ def read_safetensors(path):
     with guard(path, "safetensors file"):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
-        check(10 <= start <= len(data), "its header does not end")
-        header, position = parse_json(data[8:start]), start
+        check(10 <= start <= min(len(data), MAX_HEADER), "its header does not end")
+        header, position = json.loads(bytes(data[8:start])), start
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
