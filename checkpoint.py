@@ -213,8 +213,9 @@ def open_part(path):
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             break
-        if part.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                return file
         file.close()  # while we waited, the file that we had opened was renamed or removed
     return open(path.with_name(f"{path.name}.{os.getpid()}.part"), "a+b")
 
