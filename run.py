@@ -22,8 +22,9 @@ import bert
 from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
 from glue import TASKS, buckets, load, score, sources
 from text import load_tokenizer, train_tokenizer
+from fast import pad
 from ponder import (EntropyExit, FixedExit, PatienceExit, Ponder, QExit, SampleExit, exit_distribution, exit_layers,
-                    expected_prediction, pad)
+                    expected_prediction)
 
 RUNS = Path("runs")
 

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from checkpoint import InputError, atomic_write, read_safetensors, read_torch, sha256_file, write_safetensors
 from glue import TASKS, buckets, load
-from ponder import elbo_loss, geometric_prior, layer_losses, layer_weighted_loss, pad, upload
+from fast import pad, upload
+from ponder import elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
 from run import (RUNS, Interrupted, Parser, Settings, autocast, check_model, choose_device, describe, evaluate, find_run, in_main_thread,
                  load_state, local_device, make_model, make_settings, open_run, parse, print_results, read_run, read_split, run_main,
                  run_name, say, write_json)
