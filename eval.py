@@ -1,16 +1,16 @@
 """Ask a finished run, or all of them.
 
-    python eval.py --q 0.5                   the newest run on its dev set, with
-                                             early exit for real
-    python eval.py --text "A" --text-b "B"   where one input exits, and why
-    python eval.py --input F.tsv             label, probability and exit layer of
-                                             every row of a file
-    python eval.py --sweep                   score and mean layer for each q from
-                                             one pass, and what each layer scores
-    python eval.py --bench                   examples per second, by batch size
-    python eval.py --table                   the paper's tables and all systems
-    python eval.py --plot q                  a figure over all runs
-    python eval.py --submit glue.zip         what GLUE's server takes
+    python eval.py --q 0.5                  the newest run on its dev set, with
+                                            early exit for real
+    python eval.py --text "A" --text-b "B"  where one input exits, and why
+    python eval.py --input F.tsv            label, probability and exit layer
+                                            of every row of a file
+    python eval.py --sweep                  score and mean layer for each q, in
+                                            one pass, and what each layer scores
+    python eval.py --bench                  examples per second, by batch size
+    python eval.py --table                  the paper's tables and all systems
+    python eval.py --plot q                 a figure over all runs
+    python eval.py --submit glue.zip        what GLUE's server takes
 """
 
 import argparse
@@ -30,9 +30,9 @@ import torch
 from checkpoint import InputError, atomic_write
 from glue import SUBMISSION, TASKS, load, read_inputs, write_submission
 from ponder import exit_distribution
-from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device, device_name,
-                 find_run, flag, get_task, load_run, make_rule, make_settings, predict_all, read_run, read_split,
-                 run_main, say, splits_of, timed)
+from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
+                 device_name, find_run, flag, get_task, load_run, make_rule, make_settings, predict_all,
+                 read_run, read_split, run_main, say, splits_of, timed)
 
 CHUNK = 4096        # rows of --input that are held at a time
 
@@ -56,9 +56,9 @@ def read_splits(settings, tokenizer, split):
 
 
 def exit_statistics(model, settings, splits, batch_size):
-    """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full depth.
-    Each exit is then run for real, for its seconds; `differ` counts the rows that leave at another layer than
-    that pass says. Every way has run once before it is timed."""
+    """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full
+    depth. Each exit is then run for real, for its seconds; `differ` counts the rows that leave at another layer
+    than that pass says. Every way has run once before it is timed."""
     import paper
 
     inputs = [row for rows, _ in splits.values() for row in rows]
@@ -75,7 +75,9 @@ def exit_statistics(model, settings, splits, batch_size):
             early(inputs=inputs[:batch_size])
             seconds, (_, real) = timed(model, lambda: early(inputs=inputs))
             differ = int((layers != real).sum())
-        found = paper.mean_of([paper.exit_result(criterion, settings, *rest, split) for split, *rest in arrays])
+        parts = [paper.exit_result(criterion, settings, *rest, split) for split, *rest in arrays]
+        found = paper.mean_of(parts)
+        found["metrics"] = paper.mean_of(list(found["metrics"].values()))       # MNLI's two splits as one
         counts = [round(share * len(inputs), 2) for share in found.pop("histogram")]
         results[criterion] = {**found, "layers": counts, "differ": differ, "seconds": seconds,
                               "seconds_full_depth": full_seconds}
@@ -86,8 +88,8 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
     """The table of every exit of a run on a split; as_json: the chosen one on stdout, the table on stderr"""
     results = exit_statistics(model, settings, read_splits(settings, tokenizer, split), batch_size)
     L, out = model.num_layers, sys.stderr if as_json else sys.stdout
-    print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  layers saved"
-          "  seconds  full depth  faster  rows that differ", file=out)
+    print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
+          "layers saved  seconds  full depth  faster  rows that differ", file=out)
     for name, r in results.items():
         label = f"{name} {getattr(settings, THRESHOLDS[name]):g}" if name in THRESHOLDS else name
         score = "-" if r["score"] is None else f"{r['score']:.1f}"
@@ -95,16 +97,8 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
               f"{L / r['mean_layer']:>12.2f}x {r['seconds']:>8.2f} {r['seconds_full_depth']:>11.2f} "
               f"{r['seconds_full_depth'] / r['seconds']:>6.2f}x {r['differ']:>17}", file=out)
     if as_json:
-        result = {"task": settings.task, "split": split, "exit": criterion, "q": settings.q, **results[criterion]}
-        result["metrics"] = flat(result["metrics"])
-        print(json.dumps(result))
-
-
-def flat(metrics):
-    """{split: {metric: value}} -> {metric: value}, for several splits {metric_split: value}"""
-    if len(metrics) == 1:
-        return next(iter(metrics.values()))
-    return {f"{name}_{split}": value for split, values in metrics.items() for name, value in values.items()}
+        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "q": settings.q,
+                          **results[criterion]}))
 
 
 def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json):
@@ -112,7 +106,7 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
     import paper
 
     if criterion not in SWEEPS:
-        others = [f"--exit {name}" for name in settings.exits if name in SWEEPS] or ["another run: it has none"]
+        others = [f"--exit {name}" for name in settings.exits if name in SWEEPS] or ["another run"]
         raise InputError(f"--sweep: exit {criterion} has no threshold; use {' or '.join(others)}")
     arrays = {}
     for name, (inputs, labels) in read_splits(settings, tokenizer, split).items():
@@ -123,13 +117,13 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
     rows, fixed, oracle = study["sweep"][criterion], study["by_layer"], study["oracle"]
     best = max(rows, key=lambda row: (row["score"], -row["mean_layer"]))
     if as_json:
-        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows, "best": best,
-                          "by_layer": fixed, "oracle": oracle}))
+        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows,
+                          "best": best, "by_layer": fixed, "oracle": oracle}))
         return
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in rows:
-        print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x "
-              f"{row['dealt']:>33.1f}{'  <- best' if row is best else ''}")
+        print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
+              f"{row['dealt']:>34.1f}{'  <- best' if row is best else ''}")
     print(f"\nevery fixed layer, 1 to {len(fixed)}: {' '.join(f'{score:.1f}' for score in fixed)}\n"
           f"the first right layer of each row: {oracle['score']:.1f} at {oracle['mean_layer']:.2f}")
 
@@ -137,9 +131,9 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
 # ---- sentences ----
 
 def criterion_values(criterion, settings, logits, lam):
-    """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the one
-    at which it stops (None where there is none), the largest that there is. The last layer looks at nothing: then
-    it is the entropy."""
+    """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
+    value at which it stops (or None), the largest value that there is. Exit by the last layer looks at nothing:
+    for it, the entropy."""
     L, C = logits.shape[1:]
     rule = make_rule(criterion, settings, L)
     state, stop = rule.start(1, L, lam.device), getattr(settings, THRESHOLDS.get(criterion, ""), None)
@@ -167,7 +161,7 @@ def worded(task, outputs, are_logits=True):
 
 
 def explain(model, settings, tokenizer, criterion, text_a, text_b):
-    """One input, layer by layer: lambda and p if the method has them, the exit's own criterion, the prediction"""
+    """One input, layer by layer: lambda and p if there are, what the exit looks at, the prediction"""
     task, L = get_task(settings.task), model.num_layers
     if task.pair != (text_b is not None):
         wanted = "two texts, --text and --text-b" if task.pair else "one text, --text alone"
@@ -176,23 +170,23 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
     logits, lam = all_layers(model, inputs, precision=settings.precision)
     p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
     name, values, stop, most = criterion_values(criterion, settings, logits, lam)
-    predictions = [word if share is None else f"{word} ({share:.0%})" for word, share in worded(task, logits[0])]
+    predictions = [word if p is None else f"{word} ({p:.0%})" for word, p in worded(task, logits[0])]
     print(f"{' '.join(tokenizer.tokens(inputs[0][0]))}\n{predictions[layer - 1]} at layer {layer} of {L}, "
           f"by {criterion} exit\n")
-    against = "" if stop is None else f"stops at {stop:g}"
-    print(f"layer {' lambda      p' if settings.ponders else ''} {name:>10}  {against:<42} prediction")
+    against, ponders = "" if stop is None else f"stops at {stop:g}", "q" in settings.exits
+    print(f"layer {' lambda      p' if ponders else ''} {name:>10}  {against:<42} prediction")
     for i, value in enumerate(values):
         length = round(40 * value / most)
         bar = list("█" * length + "·" * (40 - length))
         if stop is not None:
             bar.insert(min(40, round(40 * stop / most)), "|")
-        method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if settings.ponders else ""
+        method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if ponders else ""
         print(f"{i + 1:>5} {method} {value:>10.3g}  {''.join(bar):<42} {predictions[i]}"
               f"{'  <- exit' if i + 1 == layer else ''}")
 
 
 def answers(model, settings, inputs, criterion, batch_size):
-    """Early exit for real, or every layer for the expectation, which needs them: outputs (N,C), layers (N,)"""
+    """Early exit for real, or every layer for the expectation: outputs (N,C), layers (N,)"""
     if criterion == "expectation":
         return apply_exit(criterion, settings, *all_layers(model, inputs, batch_size, settings.precision))
     return predict_all(model, settings, criterion, inputs, batch_size)
@@ -207,7 +201,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
         file.write(b"value\tlayer\n" if task.num_labels == 1 else b"label\tprobability\tlayer\n")
         while chunk := list(itertools.islice(rows, CHUNK)):
             inputs = tokenizer.encode_all(chunk, settings.max_length)
-            drawn = dataclasses.replace(settings, seed=settings.seed + done)    # sampling draws anew in each chunk
+            drawn = dataclasses.replace(settings, seed=settings.seed + done)    # sampling draws anew
             outputs, layers = answers(model, drawn, inputs, criterion, batch_size)
             for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
@@ -221,8 +215,8 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
 # ---- all runs: a submission ----
 
 def submit(path, root, method, model, device, batch_size, changed):
-    """The zip for GLUE's server of one system, a method's preset with one model: the seed of each task's cell that is
-    best on dev, by its own exit. MNLI's run predicts AX. All files are read before anything is predicted."""
+    """The zip for GLUE's server of one system, a method's preset with one model: the best seed on dev of each
+    task's cell. MNLI's run predicts AX, too. All files are read before anything is predicted."""
     import paper
 
     found = paper.cells(paper.finished_runs(root))
@@ -233,8 +227,8 @@ def submit(path, root, method, model, device, batch_size, changed):
             best.setdefault(name, {})[task] = max(seeds, key=lambda run: run.score)
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
-        raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found those with "
-                         f"{', '.join(best) or 'no model'}; train them, or choose by --method and --model")
+        raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found those "
+                         f"with {', '.join(best) or 'no model'}; train them, or choose by --method and --model")
     examples, predictions = {}, {}
     for task, run in best[name].items():
         data_dir = changed.get("data_dir", run.settings.data_dir)
@@ -248,8 +242,8 @@ def submit(path, root, method, model, device, batch_size, changed):
         inputs = tokenizer.encode_all(rows, settings.max_length)
         outputs, _ = answers(model, settings, inputs, settings.exit, batch_size)
         predictions[key] = (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).numpy()
-    missing = ", ".join(write_submission(path, predictions))
-    print(f"{path}: {len(predictions)} files" + (f"; not in it, for want of a run: {missing}" if missing else ""))
+    missing = ", ".join(write_submission(path, predictions)) or "none"
+    print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
 
 # ---- the command ----
@@ -282,8 +276,8 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
 
 
 def parse_flags(argv):
-    """-> the use of the command, {flag: value} of those given. InputError for a flag that this use doesn't read, and
-    for a value out of its range, before anything is looked for."""
+    """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does not
+    read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
     parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
     types = {field.name: field for field in dataclasses.fields(Settings)}
@@ -320,7 +314,8 @@ def main(argv=None):
         return submit(given["submit"], root, method, model, device, batch_size, changed)
     folder = find_run(given.get("run"))
     settings, tokenizer, model = load_run(folder, device)
-    settings, thresholds = dataclasses.replace(settings, **changed), [n for n in THRESHOLDS if THRESHOLDS[n] in given]
+    settings = dataclasses.replace(settings, **changed)
+    thresholds = [name for name in THRESHOLDS if THRESHOLDS[name] in given]
     criterion = given.get("exit", thresholds[0] if thresholds else settings.exit)
     for name in [criterion, *thresholds]:
         if name not in settings.exits:

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import json
 import statistics
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,8 @@ import fast
 from checkpoint import InputError, atomic_write, read_json
 from fast import pad
 from glue import buckets, load, negations
-from ponder import exit_distribution, geometric_prior
-from run import (DRAWS, PLACE, SWEEPS, THRESHOLDS, Settings, all_layers, apply_exit, autocast, device_name,
+from ponder import FixedExit, exit_distribution, geometric_prior
+from run import (DRAWS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast, device_name,
                  load_run, make_rule, make_settings, mean_scores, read_split, say, scores, splits_of, timed)
 
 
@@ -51,29 +51,30 @@ def oracle_layers(logits, labels):
 
 
 def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics {split: ...}, mean_layer, histogram (L,): the share of
-    rows that exit at each layer, dealt: the score when the same layers go to random rows, which an exit that
-    chooses its rows well beats. Sampling is the mean of its draws. Without labels there is no score."""
-    metrics, shares, dealt = {"score": None}, [], [None]
+    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,): the share of rows
+    that exit at each layer, dealt: the score if the same layers go to random rows, which an exit that chooses
+    its rows well beats. Of sampling the mean of its draws. Without labels the scores are None."""
+    labelled, L = labels[0] is not None, lam.shape[1]
+    metrics, shares, dealt = {"score": None}, [], []
+    if labelled:
+        metrics, _ = mean_scores(criterion, settings, logits, lam, labels)
     for draw in range(DRAWS):
         _, layers = apply_exit(criterion, settings, logits, lam, draw)
-        shares.append(torch.bincount(layers, minlength=lam.shape[1] + 1)[1:] / len(layers))
-        if labels[0] is not None:
-            order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(draw))
-            dealt.append(scores(settings.task, at_layers(logits, layers[order]), labels)["score"])
-    if labels[0] is not None:
-        metrics, dealt = mean_scores(criterion, settings, logits, lam, labels)[0], dealt[1:]
+        shares.append(torch.bincount(layers, minlength=L + 1)[1:] / len(layers))
+        order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(draw))
+        outputs = at_layers(logits, layers[order])
+        dealt.append(scores(settings.task, outputs, labels)["score"] if labelled else None)
     histogram = torch.stack(shares).double().mean(0)
-    mean_layer = histogram @ torch.arange(1.0, lam.shape[1] + 1, dtype=torch.float64)
-    return {"score": metrics.pop("score"), "metrics": {split: metrics}, "mean_layer": mean_layer.item(),
+    mean_layer = (histogram * torch.arange(1, L + 1)).sum().item()
+    return {"score": metrics.pop("score"), "metrics": {split: metrics}, "mean_layer": mean_layer,
             "histogram": histogram.tolist(), "dealt": mean_of(dealt)}
 
 
 def study(settings, splits):
     """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model.
 
-    splits {split: (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, by_layer (L,): the score
-    of every fixed layer, oracle: its score and mean_layer, sweep {exit: a row a threshold}; means over splits.
+    splits {split: (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each
+    threshold}, by_layer (L,): the score of every fixed layer, oracle: its score and mean_layer.
     """
     trees = []
     for split, (logits, lam, labels) in splits.items():
@@ -102,22 +103,17 @@ FREE = ("task", "model", "seed", "lr", "lambda_lr", "batch_size", "epochs", "sto
         "warmup", "dropout", "max_length", "data_dir", "device", "precision", "save_every")
 
 
-class Run(NamedTuple):
-    """A finished run: its folder, settings, kind of encoder, study(), and the hashes of its data and model."""
-    folder: Path
-    settings: Settings
-    encoder: str
-    study: dict
-    made_of: str
+class Run(namedtuple("Run", "folder settings encoder study made_of")):
+    """A finished run: its settings, its encoder's kind, its study(), and the sha256 of its data and model"""
 
     @property
     def score(self):
-        """The dev score by the run's own exit."""
+        """The dev score by the run's own exit"""
         return self.study["dev"][self.settings.exit]["score"]
 
 
 def read_result(path):
-    """A run.json as a Run; None where the run is unfinished, or cut by --max-steps and so no result."""
+    """A run.json as a Run; None if the run is unfinished, or was cut by --max-steps and is no result"""
     values = read_json(path)
     settings = make_settings(**values["settings"])
     if not values["finished"] or settings.max_steps is not None:
@@ -131,13 +127,13 @@ def read_result(path):
 
 
 def same_but_seed(run, seed=0):
-    """What the seeds of one set of settings have in common: the settings, the data and the pretrained model"""
+    """What the seeds of one set of settings have in common: the settings, the data, the model's weights"""
     return dataclasses.replace(run.settings, seed=seed, **dict.fromkeys(PLACE)), run.made_of
 
 
 def finished_runs(root):
-    """The Runs of root/*/run.json and of small files root/*.json, of equal settings the newest; one that is
-    damaged is named on stderr and passed over."""
+    """The Runs of root/*/run.json and root/*.json, of equal settings the newest; what is damaged is named on
+    stderr and passed over."""
     runs = {}
     paths = [*root.glob("*/run.json"), *root.glob("*.json")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
@@ -192,24 +188,23 @@ TABLE_1 = (     # system, encoder, settings, the paper's SST-2, RTE, CoLA
     ("+ concatenation instead", "albert", ONE_LAYER, "93.0±0.3 76.5±1.6 56.9±1.9"),
     ("all: PALBERT", "albert", PALBERT, "92.9±0.2 77.8±1.2 57.4±1.7"),
 )
-TABLE_2 = (     # system, encoder, settings, the paper's NAMES and their mean
-    ("ALBERT", "albert", PLAIN, "92.7 76.5 91.5 56.6 90.5 84.8 88.9 90.6 84.0"),
-    ("ALBERT, 9 layers", "albert", PLAIN | {"layers": 9}, "91.1 74.2 91.2 56.9 89.7 84.3 89.7 90.1 83.4"),
-    ("PABEE (t = 6)", "albert", PABEE, "92.7 76.9 91.5 55.6 88.3 84.5 88.9 89.9 83.5"),
-    ("PonderNet (sampling)", "albert", PONDERNET, "91.3 74.0 88.3 51.3 87.1 81.7 87.7 88.2 81.2"),
-    ("PALBERT", "albert", PALBERT, "93.1 78.3 91.0 58.1 89.3 84.7 88.9 89.9 84.2"),
-    ("RoBERTa", "roberta", PLAIN, "94.5 79.4 92.4 63.1 91.3 86.7 89.8 90.7 86.0"),
-    ("RoBERTa PABEE", "roberta", PABEE, "93.8 76.9 91.9 60.7 89.6 86.4 91.1 89.9 85.0"),
-    ("PRoBERTa", "roberta", PALBERT, "93.7 79.1 91.6 62.2 90.2 86.7 91.1 89.9 85.6"),
-)
-TABLE_3 = (     # the same on GLUE's test sets, whose server alone scores
-    ("ALBERT", None, None, "93.4 70.0 92.1 50.5 85.6 79.0 84.7 87.4 80.3"),
-    ("PABEE (t = 6)", None, None, "92.7 71.1 91.3 46.0 84.3 79.2 83.7 86.5 79.3"),
-    ("PonderNet (sampling)", None, None, "90.2 68.6 88.5 43.7 84.3 81.1 77.4 83.6 77.2"),
-    ("PALBERT", None, None, "93.0 73.5 91.7 48.6 87.1 79.8 84.4 86.5 80.6"),
-    ("RoBERTa", None, None, "94.5 74.1 93.1 58.9 89.1 86.5 80.9 88.4 83.2"),
-    ("RoBERTa PABEE", None, None, "95.4 71.7 92.0 51.2 87.6 86.2 80.4 86.2 81.3"),
-    ("PRoBERTa", None, None, "94.5 72.1 91.8 58.6 88.3 86.1 79.6 85.7 82.1"),
+TABLE_2 = (     # system, encoder, settings, the paper's dev scores and their mean, its test scores (Table 3)
+    ("ALBERT", "albert", PLAIN,
+     "92.7 76.5 91.5 56.6 90.5 84.8 88.9 90.6 84.0", "93.4 70.0 92.1 50.5 85.6 79.0 84.7 87.4 80.3"),
+    ("ALBERT, 9 layers", "albert", PLAIN | {"layers": 9},
+     "91.1 74.2 91.2 56.9 89.7 84.3 89.7 90.1 83.4", None),
+    ("PABEE (t = 6)", "albert", PABEE,
+     "92.7 76.9 91.5 55.6 88.3 84.5 88.9 89.9 83.5", "92.7 71.1 91.3 46.0 84.3 79.2 83.7 86.5 79.3"),
+    ("PonderNet (sampling)", "albert", PONDERNET,
+     "91.3 74.0 88.3 51.3 87.1 81.7 87.7 88.2 81.2", "90.2 68.6 88.5 43.7 84.3 81.1 77.4 83.6 77.2"),
+    ("PALBERT", "albert", PALBERT,
+     "93.1 78.3 91.0 58.1 89.3 84.7 88.9 89.9 84.2", "93.0 73.5 91.7 48.6 87.1 79.8 84.4 86.5 80.6"),
+    ("RoBERTa", "roberta", PLAIN,
+     "94.5 79.4 92.4 63.1 91.3 86.7 89.8 90.7 86.0", "94.5 74.1 93.1 58.9 89.1 86.5 80.9 88.4 83.2"),
+    ("RoBERTa PABEE", "roberta", PABEE,
+     "93.8 76.9 91.9 60.7 89.6 86.4 91.1 89.9 85.0", "95.4 71.7 92.0 51.2 87.6 86.2 80.4 86.2 81.3"),
+    ("PRoBERTa", "roberta", PALBERT,
+     "93.7 79.1 91.6 62.2 90.2 86.7 91.1 89.9 85.6", "94.5 72.1 91.8 58.6 88.3 86.1 79.6 85.7 82.1"),
 )
 
 
@@ -239,7 +234,7 @@ def paper_table(found, title, table, tasks, median):
     """A table of the paper, and under each of its rows ours for each model that was run"""
     encoders = {model: seeds[0].encoder for (task, model, _), seeds in found.items() if task in NAMES}
     rows = []
-    for name, encoder, given, numbers in table:
+    for name, encoder, given, numbers, *_ in table:
         rows.append([name, "paper", *(number.replace("±", " ± ") for number in numbers.split())])
         for model in encoders:
             if encoders[model] == encoder:
@@ -260,7 +255,8 @@ def print_tables(root):
     found = cells(finished_runs(root))
     paper_table(found, "Table 1. Ablation, GLUE dev, mean ± std", TABLE_1, ("sst2", "rte", "cola"), False)
     paper_table(found, "Table 2. GLUE dev, median over seeds", TABLE_2, NAMES, True)
-    paper_table(found, "Table 3. GLUE test; ours: not run, see eval.py --submit", TABLE_3, NAMES, True)
+    tested = [(name, None, None, numbers) for name, _, _, _, numbers in TABLE_2 if numbers]
+    paper_table(found, "Table 3. GLUE test; ours: not run, see eval.py --submit", tested, NAMES, True)
     run_tasks = {task for task, _, _ in found}
     tasks = [*(task for task in NAMES if task in run_tasks), *sorted(run_tasks - NAMES.keys())]
     rows = {}
@@ -289,14 +285,14 @@ CURVES = {"PALBERT, Q-exit": ("palbert", "q"), "PABEE, patience": ("pabee", "pat
 
 
 def plot(kind, root, out, device, batch_size, changed):
-    """One of the figures below over the finished runs under root, as out or as root/KIND.png; changed: settings
-    that the command line gives, the data's folder and the precision, for the figures that read the model"""
+    """One of the figures below over the finished runs under root, as out or as root/KIND.png. Figures that read
+    the models do it with the settings `changed`: the folder of the data, the precision."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise InputError("--plot: figures need matplotlib, which is not here; pip install matplotlib") from None
+        raise InputError("--plot: matplotlib, which draws, is not installed; pip install matplotlib") from None
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
                             "axes.grid": True, "grid.alpha": 0.3})
     found = cells(finished_runs(root))
@@ -362,7 +358,7 @@ def plot_panels(pyplot, found, kind):
 
 def draw_q(axis, n, label, seeds, lines):
     """Fig. 2: dev score against q, mean ± std over seeds"""
-    curves = torch.tensor([[row["score"] for row in run.study["sweep"]["q"]] for run in seeds])
+    curves = torch.tensor([[float(row["score"]) for row in run.study["sweep"]["q"]] for run in seeds])
     mean, std = curves.mean(0), curves.std(0, correction=min(1, len(seeds) - 1))
     axis.plot(SWEEPS["q"], mean, color=COLOURS[n], marker=MARKERS[n], markersize=3,
               label=f"{label}, {count_of(seeds)}")
@@ -393,8 +389,9 @@ def draw_prior(axis, n, label, seeds, lines):
     """Fig. 4: histogram of exit layers by the prior's lambda, with the dev score in the legend"""
     result, width = mean_of([run.study for run in seeds])["dev"]["q"], 0.8 / lines
     layers = range(1, len(result["histogram"]) + 1)
-    places, heights = [layer - 0.4 + (n + 0.5) * width for layer in layers], [100 * x for x in result["histogram"]]
-    axis.bar(places, heights, width, color=COLOURS[n % 6], label=f"{label}: {result['score']:.1f}")
+    shares = [100 * share for share in result["histogram"]]
+    axis.bar([layer - 0.4 + (n + 0.5) * width for layer in layers], shares, width, color=COLOURS[n % 6],
+             label=f"{label}: {result['score']:.1f}")
     axis.set(xlabel="exit layer", ylabel="share of dev rows (%)", xticks=layers)
 
 
@@ -406,7 +403,8 @@ def plot_distribution(pyplot, found, read):
         seeds = members["palbert"]
         p = torch.stack([exit_distribution(read(run, "train")[2]).mean(0) for run in seeds]).mean(0)
         layers, prior = range(1, len(p) + 1), seeds[0].settings.prior
-        axis.plot(layers, p, color=COLOURS[n % 6], marker=MARKERS[n % 6], label=f"{NAMES.get(task, task)}, {model}")
+        axis.plot(layers, p, color=COLOURS[n % 6], marker=MARKERS[n % 6],
+                  label=f"{NAMES.get(task, task)}, {model}")
         priors[f"prior {prior:g}, L = {len(p)}"] = layers, geometric_prior(prior, len(p))
     for label, (layers, prior) in priors.items():
         axis.plot(layers, prior, color="black", linewidth=1, linestyle="--", label=label)
@@ -429,18 +427,18 @@ def plot_negations(pyplot, found, read):
         right = 100 * (predicted == torch.tensor(labels)[:, None])
         table = torch.cat([exit_distribution(lam).cumsum(1), layers[:, None], right], 1)    # (N,L+3)
         tables.append(torch.stack([table[k == n].mean(0) for n in counts]))
-    mean, L = torch.stack(tables).mean(0), lam.shape[1]             # (K,L+3)
+    mean, L = torch.stack(tables).mean(0).tolist(), lam.shape[1]    # K rows of L+3
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for n, row in zip(counts, mean):
+    for n, row in zip(counts, mean):                        # the thinner ones lie above: no line hides another
         left.plot(range(1, L + 1), row[:L], color=COLOURS[n], marker=MARKERS[n], markersize=10 - 2 * n,
-                  linewidth=5 - 1.2 * n, label=f"{n} negations")    # thinner above, so that no line hides another
+                  linewidth=5 - 1.2 * n, label=f"{n} negations")
     left.axhline(seeds[0].settings.q, color="black", linewidth=1, linestyle="--", label="q")
     left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=count_of(seeds))
     left.legend(frameon=False)
-    middle.bar_label(middle.bar(counts, mean[:, L]), fmt="%.2f")
+    middle.bar_label(middle.bar(counts, [row[L] for row in mean]), fmt="%.2f")
     middle.set(xlabel="nested negations", ylabel="mean exit layer", xticks=counts)
     for shift, column, label in ((-0.2, L + 1, "at the exit"), (0.2, L + 2, "layer 1")):
-        bars = right.bar([n + shift for n in counts], mean[:, column], 0.4, label=label)
+        bars = right.bar([n + shift for n in counts], [row[column] for row in mean], 0.4, label=label)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set(xlabel="nested negations", ylabel="accuracy (%)", xticks=counts, ylim=(0, 125))
     right.legend(frameon=False, ncols=2, loc="upper center")
@@ -449,61 +447,53 @@ def plot_negations(pyplot, found, read):
 
 # ---- speed ----
 
-def plain_layers(model, rows, last, length=None, every=False):
-    """Layers 1 to last of one batch, all of it, and the heads after the last, or after every one -> logits (B,C)"""
-    ids, mask, segments = pad(rows, model.encoder, next(model.parameters()).device, length)
-    h = model.encoder.embed(ids, segments)
-    previous = h.new_zeros(len(rows), h.shape[2])
-    for i in range(1, last + 1):
-        h = model.encoder.layer(i, h, mask)
-        if every or i == last:
-            pooled = model.encoder.pool(h)
-            logits, _ = model.heads(torch.full((len(rows),), i, device=ids.device), pooled, previous)
-            previous = pooled
-    return logits
-
-
 def full_depth(model, inputs, batch_size):
-    """The plain way: every layer whole, then the pool and the classifier; logits (N,C) in the order of batches"""
-    batches = buckets([len(ids) for ids, _ in inputs], batch_size)
-    return torch.cat([plain_layers(model, [inputs[row] for row in batch], model.num_layers) for batch in batches])
+    """The plain model: every layer whole, then the pool and the classifier; logits (N,C) in the order of batches"""
+    L, device, outputs = model.num_layers, next(model.parameters()).device, []
+    for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
+        ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, device)
+        h = model.encoder.embed(ids, segments)
+        for i in range(1, L + 1):
+            h = model.encoder.layer(i, h, mask)
+        pooled = model.encoder.pool(h)
+        outputs.append(model.heads(torch.full((len(batch),), L, device=device), pooled, pooled)[0])
+    return torch.cat(outputs)
 
 
 def released_way(model, inputs, layers):
-    """The released code's inference: one row at a time, padded to 128, the heads after each layer to its exit"""
-    return torch.cat([plain_layers(model, [row], last, 128, every=True) for row, last in zip(inputs, layers.tolist())])
+    """The released code's inference: one row at a time, padded to 128, layer by layer to its exit; logits (N,C)"""
+    device, outputs = next(model.parameters()).device, []
+    for row, layer in zip(inputs, layers.tolist()):
+        outputs.append(model.predict(*pad([row], model.encoder, device, 128), FixedExit(layer))[0])
+    return torch.cat(outputs)
 
 
-def flops(model, work, operations):
-    """FLOP/s of work(), median of five. As many calls as take 50 ms between two waits, or the wait would count."""
-    def repeat():
-        for _ in range(calls):
-            work()
-
-    calls = 1
-    while timed(model, repeat)[0] < 0.05:
+def flops(model, operations, work):
+    """FLOP/s of work(), the median of 5; so many calls between two waits take 50 ms, or the wait would count"""
+    calls, seconds = 1, 0
+    while seconds < 0.05:
         calls *= 2
-    return operations * calls / statistics.median(timed(model, repeat)[0] for _ in range(5))
+        seconds, _ = timed(model, lambda: [work() for _ in range(calls)])
+    rounds = [timed(model, lambda: [work() for _ in range(calls)])[0] for _ in range(5)]
+    return operations * calls / statistics.median(rounds)
 
 
 def print_flops(model, B, T, dtype):
     """What one layer on (B,T) reaches, beside the best product that the device gives in the dtype"""
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
     new = functools.partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
-    h, mask = new(B, T, H), new(B, T) < float("inf")
-    layer = flops(model, lambda: model.encoder.layer(1, h, mask), 2 * B * T * H * (4 * H + 2 * F + 2 * T))
-    products = {}
+    h, mask, best = new(B, T, H), new(B, T) < float("inf"), 0
+    layer = flops(model, 2 * B * T * H * (4 * H + 2 * F + 2 * T), lambda: model.encoder.layer(1, h, mask))
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
         x, w = new(m, k), new(k, n)
-        products[f"{m} x {k} x {n}"] = flops(model, lambda: x @ w, 2 * m * k * n)
-    best = max(products, key=products.get)
-    print(f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / products[best]:.0%} of the best product, "
-          f"{best}: {products[best] / 1e9:.0f} GFLOP/s\n")
+        best = max(best, flops(model, 2 * m * k * n, lambda: x @ w))
+    print(f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best matrix product's "
+          f"{best / 1e9:.0f}\n")
 
 
 @torch.no_grad()
 def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
-    """Examples per second by batch size, all ways in turn in one process: medians of rounds, on rows of the split"""
+    """Examples per second by batch size, all ways in turn in one process: medians, on rows of the split"""
     device, L = next(model.parameters()).device, model.num_layers
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     picked = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows].tolist()
@@ -513,7 +503,7 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
     usual = fast.FIRST_TOKENS
 
     def early(batch_size, depthwise=False, first_tokens=usual):
-        fast.FIRST_TOKENS = first_tokens                    # from so many tokens a layer is decided before it is done
+        fast.FIRST_TOKENS = first_tokens            # from so many tokens a layer is decided before it is done
         try:
             return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
         finally:
@@ -524,9 +514,9 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
         mean_layer = layers.double().mean().item()
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
         print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, {criterion} exit at layer "
-              f"{mean_layer:.2f} of {L}; PyTorch {torch.__version__}, {device_name(device)}, {str(dtype)[6:]}")
+              f"{mean_layer:.2f} of {L}; PyTorch {torch.__version__}, {device_name(device)}, {dtype}")
         print_flops(model, 32, round(length), dtype)
-        print("| batch | way | examples/s | against full depth | over L / mean layer |\n" + "| --- " * 5 + "|")
+        print_table("", ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
         for batch_size in (1, 8, 32, 128):
             ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
                     "rows dropped": lambda: early(batch_size, first_tokens=10**9),
@@ -543,5 +533,5 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
             for way in ways:
                 ratio = median["full depth"] / median[way]
                 over_formula = 1 if way == "full depth" else ratio * mean_layer / L
-                print(f"| {batch_size} | {way} | {len(inputs) / median[way]:.1f} | {ratio:.2f} | {over_formula:.2f} |",
-                      flush=True)
+                print(f"| {batch_size} | {way} | {len(inputs) / median[way]:.1f} | {ratio:.2f} | "
+                      f"{over_formula:.2f} |", flush=True)

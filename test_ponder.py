@@ -15,6 +15,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -698,34 +700,6 @@ def test_every_preset_trains_evaluates_and_explains(method, exits, here, small_p
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and "dev" in lines[-1] and len(lines[-1]["p"]) == 12
 
 
-def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(here, small_parity, capsys):
-    train.main(QUICK)
-    capsys.readouterr()
-    evaluation.main(["--bench", "--device", "cpu"])
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
-    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
-    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
-    inputs, _ = run_module.read_split(settings_, tokenizer, "dev")
-    logits, layers = model.predict_many(inputs, QExit(0.5))
-    with torch.no_grad():
-        assert torch.allclose(paper.released_way(model, inputs, layers), logits, atol=1e-4)
-        whole = paper.full_depth(model, inputs, 8)
-    order = [row for batch in glue.buckets([len(ids) for ids, _ in inputs], 8) for row in batch]
-    assert torch.allclose(whole, model.predict_many([inputs[row] for row in order], FixedExit(12))[0], atol=1e-4)
-
-
-def test_the_expectation_is_computed_from_the_same_pass_as_every_q(here, small_parity):
-    train.main(QUICK)
-    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
-    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
-    logits, lam = run_module.all_layers(model, inputs)
-    outputs, layers = run_module.apply_exit("expectation", settings_, logits, lam)
-    assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam))) and (layers == 12).all()
-    one_by_one = [model(*pad([row], model.encoder, "cpu")) for row in inputs[:5]]
-    assert all(torch.allclose(logits[n], one[0][0], atol=1e-4) for n, one in enumerate(one_by_one))
-
-
 @pytest.mark.parametrize("flags, words", [
     (["--q", "0"], "--q"), (["--q", "1.5"], "--q"), (["--q", "nan"], "--q"), (["--prior", "1"], "--prior"), (["--prior", "0"], "--prior"), (["--beta", "-1"], "--beta"),
     (["--beta", "inf"], "--beta"), (["--patience", "0"], "--patience"), (["--max-length", "7"], "--max-length"), (["--max-length", "513"], "--max-length"),
@@ -746,12 +720,6 @@ def test_a_wrong_argument_is_named_with_its_range_before_anything_is_loaded(flag
 def test_a_cuda_that_is_not_there_is_said_at_once(here):
     assert "--device cuda" in settled(shell(HERE / "train.py", "--device", "cuda")) and not (here / "runs").exists()
     assert "--device cuda" in settled(shell(HERE / "eval.py", "--device", "cuda"))
-
-
-@pytest.mark.parametrize("flags, words", [(["--q", "0"], "no run"), (["--run", "x"], "no run"), (["--batch-size", "0"], "--batch-size"), (["--exit", "never"], "--exit")])
-def test_eval_without_a_run_or_with_wrong_arguments_says_so(flags, words, here):
-    with pytest.raises(InputError, match=words):
-        evaluation.main(flags)
 
 
 def test_without_a_network_mrpc_ends_in_one_sentence_with_the_two_ways_to_hand_it_over(here):
@@ -892,95 +860,375 @@ def test_two_processes_give_the_loss_curve_of_one(here):
     assert len(curves[0]) == 20 and np.abs(np.subtract(*curves)).max() < 1e-5
 
 
-def glue_folder(folder, sizes=(("CoLA", 1063), ("WNLI", 146), ("MRPC", 1725), ("RTE", 3000), ("STS-B", 1379))):
-    """A --data-dir with small made-up train and dev files and test files of the published length"""
+# ---- eval.py and paper.py ----
+
+CPU = torch.device("cpu")
+CRITERIA = {"palbert": ("q", "sample", "expectation", "last"), "pondernet": ("sample", "q"), "berxit": ("learned",),
+            "pabee": ("patience", "entropy"), "finetune": ("last",)}
+
+
+@pytest.fixture(scope="module")
+def parity_runs(tmp_path_factory):
+    """A folder whose runs/ has one epoch of every method on few rows of parity, palbert with two seeds"""
+    folder, real = tmp_path_factory.mktemp("parity"), glue.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for module in (run_module, train):
+            patch.setattr(module, "load", lambda task, split, _=None: real(task, split)[:192 if split == "train" else 40])
+        for flags in [["palbert", "--seed", "1"], *([method] for method in CRITERIA)]:
+            train.main(["--method", *flags, "--epochs", "1", "--device", "cpu", "--name", "".join(flags)])
+    return folder
+
+
+@pytest.fixture
+def runs(parity_runs, here, small_parity, monkeypatch):
+    monkeypatch.chdir(parity_runs)
+    return Path("runs")
+
+
+def asked(capsys, *flags):
+    """What eval.py prints on stdout"""
+    capsys.readouterr()
+    evaluation.main([*map(str, flags), "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, criterion", [(m, c) for m, criteria in CRITERIA.items() for c in criteria])
+def test_in_float32_no_row_leaves_elsewhere_than_the_pass_of_full_depth_says(method, criterion, runs, capsys):
+    result = json.loads(asked(capsys, "--run", method, "--exit", criterion, "--json"))
+    assert set(result) >= {"task", "split", "exit", "q", "score", "metrics", "seconds", "seconds_full_depth"}
+    assert result["differ"] == 0 and result["exit"] == criterion and set(result["metrics"]) == {"accuracy"}
+    assert sum(result["layers"]) == pytest.approx(40) and len(result["layers"]) == 12
+    assert sum(n * c for n, c in enumerate(result["layers"], 1)) / 40 == pytest.approx(result["mean_layer"])
+    kept = json.loads((runs / method / "run.json").read_text())["dev"][criterion]
+    assert (kept["score"], kept["mean_layer"]) == pytest.approx((result["score"], result["mean_layer"]))
+
+
+def test_rows_that_leave_elsewhere_are_counted_by_their_layers_and_the_table_is_printed(runs, capsys, monkeypatch):
+    def otherwise(*arguments, **keywords):
+        outputs, layers = run_module.predict_all(*arguments, **keywords)
+        return outputs + 1, torch.where(torch.arange(len(layers)) < 3, 13 - layers, layers)
+
+    monkeypatch.setattr(evaluation, "predict_all", otherwise)
+    lines = asked(capsys, "--run", "palbert").splitlines()
+    assert [line.split()[-1] for line in lines[3:]] == ["3", "3", "0", "3"]
+
+
+def test_every_way_has_run_once_before_it_is_timed(runs, monkeypatch, capsys):
+    calls = []
+    for name in ("all_layers", "predict_all", "timed"):
+        real = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
+    asked(capsys, "--run", "pabee")
+    assert calls == ["all_layers", "timed", "all_layers", *3 * ["predict_all", "timed", "predict_all"]]
+
+
+def test_the_expectation_is_computed_from_the_same_pass_as_every_q(runs):
+    settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
+    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
+    logits, lam = run_module.all_layers(model, inputs)
+    outputs, layers = run_module.apply_exit("expectation", settings_, logits, lam)
+    assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam))) and (layers == 12).all()
+    one_by_one = [model(*pad([row], model.encoder, "cpu"))[0][0] for row in inputs[:5]]
+    assert torch.allclose(logits[:5], torch.stack(one_by_one), atol=1e-4)
+
+
+def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(runs, capsys):
+    text = asked(capsys, "--bench", "--run", "palbert")
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
+    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
+    assert re.search(r"one layer on 32 x \d+: \d+ GFLOP/s, \d+% of the best matrix product's \d+", text)
+    settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
+    inputs, _ = run_module.read_split(settings_, tokenizer, "dev")
+    logits, layers = model.predict_many(inputs, QExit(0.5))
+    order = [row for batch in glue.buckets([len(ids) for ids, _ in inputs], 8) for row in batch]
+    with torch.no_grad():
+        assert torch.allclose(paper.released_way(model, inputs, layers), logits, atol=1e-4)
+        last = model.predict_many([inputs[row] for row in order], FixedExit(12))[0]
+        assert torch.allclose(paper.full_depth(model, inputs, 8), last, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["rte", "cola", "stsb"])
+def test_fixed_layers_the_oracle_and_layers_dealt_at_random_equal_plain_loops(task):
+    torch.manual_seed(0)
+    C, N, L = glue.TASKS[task].num_labels, 30, 4
+    logits, lam, labels = torch.randn(N, L, C), torch.rand(N, L), [n % (6 if C == 1 else 2) for n in range(N)]
+    value = logits[..., 0].tolist() if C == 1 else logits.argmax(2).tolist()
+    score = lambda layers: glue.score(task, [value[n][i - 1] for n, i in enumerate(layers)], labels)["score"]
+    found = paper.study(run_module.make_settings(task=task, q=0.6), {"dev": (logits, lam, labels)})
+    assert found["by_layer"] == pytest.approx([score([i] * N) for i in range(1, L + 1)])
+    first, leaves = [], []
+    for n in range(N):
+        error = [abs(value[n][i] - labels[n]) for i in range(L)]
+        first.append(error.index(min(error)) + 1 if C == 1 or 0 in error else L)
+        reach, cdf, layer = 1.0, 0.0, 0
+        while cdf <= 0.6 and layer < L:
+            cdf, reach, layer = cdf + reach * lam[n, layer].item(), reach * (1 - lam[n, layer].item()), layer + 1
+        leaves.append(layer)
+    assert found["oracle"] == pytest.approx({"score": score(first), "mean_layer": sum(first) / N})
+    deals = [torch.randperm(N, generator=torch.Generator().manual_seed(deal)).tolist() for deal in range(20)]
+    expected = {"score": score(leaves), "mean_layer": sum(leaves) / N,
+                "dealt": sum(score([leaves[n] for n in deal]) for deal in deals) / 20}
+    assert {name: found["dev"]["q"][name] for name in expected} == pytest.approx(expected)
+    assert found["dev"]["q"]["histogram"] == pytest.approx([leaves.count(i) / N for i in range(1, L + 1)])
+    row, = [row for row in found["sweep"]["q"] if row["q"] == 0.6]
+    assert row == pytest.approx({"q": 0.6, "speed_up": L / expected["mean_layer"], **expected})
+
+
+def test_of_two_dev_sets_run_json_keeps_the_means_and_the_metrics_of_each():
+    torch.manual_seed(0)
+    arrays = {split: (torch.randn(20, 3, 3), torch.rand(20, 3), [n % 3 for n in range(20)]) for split in "ab"}
+    settings_ = run_module.make_settings(task="mnli", method="pabee")
+    both, one, two = (paper.study(settings_, {split: arrays[split] for split in splits}) for splits in ("ab", "a", "b"))
+    for path in (("by_layer", 0), ("oracle", "score"), ("dev", "entropy", "dealt"), ("sweep", "patience", 3, "score")):
+        value = lambda tree: functools.reduce(lambda part, key: part[key], path, tree)
+        assert value(both) == pytest.approx((value(one) + value(two)) / 2)
+    assert both["dev"]["last"]["metrics"] == one["dev"]["last"]["metrics"] | two["dev"]["last"]["metrics"]
+
+
+@pytest.mark.parametrize("method, criterion, column", [
+    ("palbert", "q", "CDF"), ("pondernet", "sample", "u < lambda"), ("pabee", "patience", "agreed"),
+    ("pabee", "entropy", "entropy"), ("berxit", "learned", "certainty"), ("finetune", "last", "entropy")])
+def test_one_input_is_explained_by_the_exits_own_criterion(method, criterion, column, runs, capsys):
+    lines = asked(capsys, "--run", method, "--exit", criterion, "--text", "the red cat sleeps",
+                  "--text-b", "we all know that the red cat sleeps").splitlines()
+    assert column in lines[4] and ("lambda  " in lines[4]) == (method in ("palbert", "pondernet")) and len(lines) == 17
+    marked, = [line for line in lines if line.endswith("<- exit")]
+    assert f"at layer {marked.split()[0]} of 12, by {criterion} exit" in lines[2]
+
+
+def test_the_values_explained_are_those_that_the_rules_compare():
+    torch.manual_seed(0)
+    logits, lam = torch.randn(1, 9, 2), torch.rand(1, 9)
+    values = lambda criterion: evaluation.criterion_values(criterion, run_module.make_settings(patience=2), logits, lam)[1]
+    agreed = [0]
+    for before, now in itertools.pairwise(logits[0].argmax(1).tolist()):
+        agreed.append(agreed[-1] + 1 if before == now else 0)
+    assert values("patience") == agreed
+    assert values("q") == pytest.approx([1 - math.prod(1 - x for x in lam[0, :i].tolist()) for i in range(1, 9)] + [1])
+    assert values("entropy") == pytest.approx(scipy.stats.entropy(logits[0].softmax(1).numpy(), axis=1), abs=1e-5)
+
+
+def test_a_file_gets_the_answers_of_predict_many_in_its_order_however_it_is_cut(runs, here, capsys, monkeypatch):
+    examples, file, answers = glue.load("parity", "dev")[:20], here / "in.tsv", here / "out.tsv"
+    file.write_text("".join(f"{a}\t{note}\t{b}\n" for a, b, note in [("sentence1", "sentence2", "note"), *examples]))
+    settings_, tokenizer, model = run_module.load_run(runs / "pabee", CPU)
+    inputs = tokenizer.encode_all(examples)
+    entropies = torch.special.entr(run_module.all_layers(model, inputs)[0][:, 0].softmax(1)).sum(1)
+    threshold = round(entropies.median().item(), 7)                 # about half of the rows leave at layer 1
+    logits, layers = model.predict_many(inputs, EntropyExit(threshold))
+    assert len(set(layers.tolist())) > 1
+    expected = [f"{('opposite', 'same')[row.argmax()]}\t{layer}" for row, layer in zip(logits, layers.tolist())]
+    for chunk in (7, 4096):
+        monkeypatch.setattr(evaluation, "CHUNK", chunk)
+        asked(capsys, "--run", "pabee", "--entropy", threshold, "--input", file, "--output", answers)
+        header, *rows_ = [line.split("\t") for line in answers.read_text().splitlines()]
+        assert header == ["label", "probability", "layer"] and [f"{word}\t{i}" for word, _, i in rows_] == expected
+        assert [float(p) for _, p, _ in rows_] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-3)
+    evaluation.main(["--run", "pabee", "--entropy", str(threshold), "--input", str(file)])
+    said = capsys.readouterr()
+    assert said.out == answers.read_text() and "20 of 20 rows" in said.err
+
+
+def test_a_bad_row_of_a_file_is_one_sentence_before_any_work_and_older_answers_stay(runs, here, monkeypatch):
+    (here / "in.tsv").write_text("sentence1\tsentence2\n" + "a\tb\n" * 9 + "a\n")
+    (here / "out.tsv").write_text("old")
+    monkeypatch.setattr(evaluation, "predict_all", lambda *_: pytest.fail("worked first"))
+    with pytest.raises(InputError, match="in.tsv.*11"):
+        evaluation.main(["--run", "pabee", "--input", str(here / "in.tsv"), "--output", str(here / "out.tsv")])
+    assert (here / "out.tsv").read_text() == "old"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--patience 0", "--patience 0"), ("--plot x", "--plot"),
+    ("--batch-size 0", "--batch-size 0"), ("--batch-size x", "--batch-size"), ("--exit never", "--exit never"),
+    ("--precision fp8", "--precision fp8"), ("--device tpu", "--device tpu"), ("--run x", "no run 'x'"),
+    ("--run x --plot q", "--run does nothing"), ("--sweep --bench", "--bench does nothing"), ("", "no run with"),
+    ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing"),
+    ("--sweep --q 0.3", "--q does nothing"), ("--output x", "goes with --input"), ("--text-b x", "goes with --text"),
+    ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished runs of palbert")])
+def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
+    with pytest.raises(InputError, match=words):
+        evaluation.main(flags.split())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--exit patience", "exits by q, sample"), ("--patience 3", "exits by q, sample"), ("--text a", "two texts"),
+    ("--q 0.3 --exit last --text a --text-b b", "--q does nothing"), ("--sweep --exit sample", "--exit q")])
+def test_what_the_run_does_not_have_or_use_is_refused(flags, words, runs):
+    with pytest.raises(InputError, match=words):
+        evaluation.main(["--run", "palbert", *flags.split()])
+
+
+def test_the_first_line_says_run_epoch_device_and_that_a_run_is_unfinished(runs, here, capsys):
+    assert asked(capsys, "--run", "pabee").startswith("runs/pabee, epoch 1, on cpu")
+    shutil.copytree(runs / "pabee", here / "stopped")
+    values = json.loads((here / "stopped" / "run.json").read_text()) | {"finished": False, "best_epoch": None}
+    (here / "stopped" / "run.json").write_text(json.dumps(values))
+    assert "stopped, UNFINISHED, epoch 1" in asked(capsys, "--run", here / "stopped").splitlines()[0]
+
+
+def test_help_fits_80_columns(here):
+    lines = shell(HERE / "eval.py", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.splitlines()
+    assert len(lines) > 40 and max(map(len, lines)) <= 80
+
+
+def keep_result(folder, score, model="albert-base-v2", encoder="albert", **given):
+    """A finished run's run.json alone, as a folder of results has it; the score stands everywhere"""
+    settings_ = run_module.make_settings(**{"task": "rte", "model": model} | given)
+    row = {"score": float(score), "mean_layer": 2.0, "dealt": score - 1.0}
+    dev = dict.fromkeys(settings_.exits, row | {"metrics": {}, "histogram": [0.0, 1.0, 0.0]})
+    sweep = {name: [row | {name: value, "speed_up": 1.5} for value in run_module.SWEEPS[name]]
+             for name in settings_.exits if name in run_module.SWEEPS}
+    values = {"settings": dataclasses.asdict(settings_), "finished": True, "encoder": encoder, "dev": dev, "sweep": sweep,
+              "by_layer": [score - 2.0, score - 1.0, score], "oracle": {"score": score + 5.0, "mean_layer": 1.2}}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def results(here):
+    """A grid, five seeds of other settings, ablations with more seeds and better scores, and a damaged file"""
+    keep = functools.partial(keep_result, here / "results")
+    for lr, batch_size in itertools.product((1e-5, 2e-5, 5e-5), (16, 128)):
+        keep(99, lr=lr, batch_size=batch_size)
+    for seed in range(5):
+        keep(80 + seed, lr=3e-5, seed=seed)
+        keep(70 + seed, lr=3e-5, seed=seed, prior=0.2)
+    for seed in range(7):
+        for given in ({"beta": 0.0}, {"method": "pabee", "patience": 2}, {"classifiers": "per_layer"}, {"max_steps": 5}):
+            keep(95, seed=seed, **given)
+    for score, given in ((60, {"method": "pabee"}), (61, {"method": "pabee", "seed": 1}), (50, {"method": "finetune"}),
+                         (51, {"method": "finetune", "lr": 2e-5}), (90, {"model": "minilm", "encoder": "bert"})):
+        keep(score, **given)
+    (here / "results" / "bad.json").write_text("{")
+    return here / "results"
+
+
+def test_a_cell_is_the_seeds_of_one_set_of_settings_and_a_damaged_file_is_passed_over(results, capsys):
+    evaluation.main(["--table", "--runs", "results"])
+    said, warned = capsys.readouterr()
+    assert "bad.json" in warned and warned.count("passed over") == 1
+    one, two, three, systems = [part.splitlines() for part in re.split("Table .|Every system", said)[1:]]
+    under = lambda table, name: table[[line.startswith(f"| {name} |") for line in table].index(True) + 1]
+    assert "82.0 ± 1.6 (5 seeds, layer 2.0, dealt 81.0)" in under(one, "all: PALBERT")
+    assert "ours, albert-base-v2 | not run | 82.0 (5 seeds" in under(two, "PALBERT")
+    assert "60.5 (2 seeds" in under(two, "PABEE (t = 6)") and "51.0 (1 seed," in under(two, "ALBERT")
+    assert "paper" in under(two, "RoBERTa") and not any("ours," in line for line in three)
+    rows_ = {tuple(line.strip("| ").split(" | ")[:3]): line for line in systems[4:]}
+    assert "95.0 ± 0.0 (7 seeds" in rows_["albert-base-v2", "palbert, beta 0.0", "q"]
+    assert "95.0 ± 0.0 (7 seeds" in rows_["albert-base-v2", "pabee, patience 2", "entropy"]
+    assert "| 80.0 81.0 82.0 |" in rows_["albert-base-v2", "palbert", "every fixed layer"]
+    assert "| 87.0 (layer 1.2) |" in rows_["albert-base-v2", "palbert", "first right layer"]
+    assert "90.0 (1 seed" in rows_["minilm", "palbert", "q"]
+
+
+@pytest.mark.parametrize("kind, labels", [
+    ("q", ["palbert, 5 seeds"]), ("prior", ["λ 0.1: 82.0", "λ 0.2: 72.0"]),
+    ("speedup", ["PALBERT, Q-exit", "PABEE, patience", "PABEE's heads, entropy", "plain model"])])
+def test_figures_2_to_4_are_drawn_from_those_cells_without_a_model(kind, labels, results):
+    from matplotlib import pyplot
+    axis = paper.plot_panels(pyplot, paper.cells(paper.finished_runs(results)), kind).axes[0]
+    assert axis.get_title() == "RTE, albert-base-v2" and axis.get_legend_handles_labels()[1] == labels
+    if kind == "speedup":
+        ringed = [line.get_xydata().tolist() for line in axis.lines if line.get_fillstyle() == "none"]
+        assert axis.get_xscale() == "log" and ringed == [[[1.5, 82]], [[1.5, 60.5]]]
+    evaluation.main(["--plot", kind, "--runs", "results", "--out", "x.png"])
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["distribution", "negations"])
+def test_figures_that_read_the_models_read_all_seeds(kind, runs, here, capsys):
+    evaluation.main(["--plot", kind, "--out", str(here / "x.png"), "--device", "cpu"])
+    assert (here / "x.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().err.count("reading") == 2
+
+
+def test_fig_5_has_the_mean_of_the_seeds_and_the_prior_and_without_runs_there_is_no_figure(runs):
+    from matplotlib import pyplot
+    lam = iter([torch.full((2, 12), 0.5), torch.full((2, 12), 1.0)])
+    found = paper.cells(paper.finished_runs(runs))
+    curve, prior = paper.plot_distribution(pyplot, found, lambda run, split: (None, None, next(lam))).axes[0].lines
+    assert curve.get_ydata()[0] == 0.75 and prior.get_linestyle() == "--"
+    assert prior.get_ydata() == pytest.approx(geometric_prior(0.25, 12).numpy())
+    with pytest.raises(InputError, match="finished runs"):
+        evaluation.main(["--plot", "q", "--runs", "nowhere"])
+
+
+HEADERS = {"CoLA": ["sentence"], "MRPC": ["#1 String", "#2 String"]}
+LABELS = {"CoLA": ("label", "01"), "MRPC": ("Quality", "01"), "STS-B": ("score", "0123"),
+          "MNLI": ("gold_label", glue.TASKS["mnli"].labels), "RTE": ("label", glue.TASKS["rte"].labels)}
+
+
+def glue_folder(folder, sizes):
+    """A --data-dir with small made-up train and dev files, and test files of the given lengths {(folder, test): rows}"""
     draw = random.Random(0)
-    sentence = lambda: " ".join(draw.choice(["a", "dog", "ran", "home", "the", "big", "cat", "saw", "it", "well"]) for _ in range(draw.randint(3, 8)))
-    for task, test_rows in sizes:
-        (folder / task).mkdir(parents=True)
-        for split, n in (("train", 64), ("dev", 24), ("test", test_rows)):
-            if task == "CoLA":
-                lines = ["index\tsentence"] * (split == "test") + [f"{i}\t{sentence()}" if split == "test" else f"gj04\t{i % 2}\t\t{sentence()}" for i in range(n)]
-            elif task == "MRPC":
-                lines = ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String" if split != "test" else "index\t#1 ID\t#2 ID\t#1 String\t#2 String"]
-                lines += [f"{i if split == 'test' else i % 2}\t{i}\t{i + 9}\t{sentence()}\t{sentence()}" for i in range(n)]
-            elif task == "STS-B":
-                end = [] if split == "test" else ["score"]
-                lines = ["\t".join(["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", *end])]
-                lines += ["\t".join([str(i), *["x"] * 6, sentence(), sentence(), *([f"{i % 6}.0"] if end else [])]) for i in range(n)]
-            else:
-                words = ("0", "1") if task == "WNLI" else ("entailment", "not_entailment")
-                lines = ["index\tsentence1\tsentence2" + ("" if split == "test" else "\tlabel")]
-                lines += [f"{i}\t{sentence()}\t{sentence()}" + ("" if split == "test" else f"\t{words[i % 2]}") for i in range(n)]
+    for (task, test), test_rows in sizes.items():
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        columns, (label, words) = HEADERS.get(task, ["sentence1", "sentence2"]), LABELS[task]
+        for split, n in (("train", 64), (test.replace("test", "dev"), 24), (test, test_rows)):
+            header = [*columns] if split == test else [*columns, label]
+            lines = [] if task == "CoLA" and split != test else ["\t".join(["index", *header])]
+            for i in range(n):
+                texts = [" ".join(draw.choices(["a", "dog", "ran", "home", "the", "cat"], k=5)) for _ in columns]
+                row = [str(i), *texts] if split == test else [str(i), *texts, words[i % len(words)]]
+                lines.append("\t".join(["x", row[2], "", row[1]] if task == "CoLA" and split != test else row))
             (folder / task / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
-def test_a_submission_from_four_tasks_passes_a_checker_written_from_the_servers_rules(here, capsys):
-    glue_folder(here / "glue")
-    for task in ("cola", "wnli", "rte", "stsb"):
-        train.main(["--task", task, "--model", "tiny", "--layers", "2", "--data-dir", "glue", "--max-length", "16", *QUICK])
-    evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("SST-2.tsv", "MRPC.tsv", "QQP.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "QNLI.tsv", "AX.tsv"))
-    with zipfile.ZipFile("glue.zip") as archive:
-        assert sorted(archive.namelist()) == ["CoLA.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
-        for name, n, valid in (("CoLA", 1063, {"0", "1"}), ("WNLI", 146, {"0", "1"}), ("RTE", 3000, {"entailment", "not_entailment"}), ("STS-B", 1379, None)):
-            header, *lines = archive.read(f"{name}.tsv").decode().rstrip("\n").split("\n")
-            index, predictions = zip(*(line.split("\t") for line in lines))
-            assert header == "index\tprediction" and list(index) == [str(i) for i in range(n)]
-            assert set(predictions) <= valid if valid else all(0 <= float(value) <= 5 for value in predictions)
-
-
-def test_regression_trains_and_evaluates_by_every_method(here, capsys):
-    glue_folder(here / "glue", [("STS-B", 5)])
-    for method in run_module.METHODS:
-        train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--method", method, *QUICK])
-        capsys.readouterr()
-        evaluation.main(["--json", "--device", "cpu"])
-        assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"pearson", "spearman"}
-    with pytest.raises(InputError, match="regression"):
-        train.main(["--task", "stsb", "--method", "pabee", "--exit", "entropy"])
-
-
-def test_tables_and_figures_are_made_from_the_runs_that_there_are(here, small_parity, capsys):
-    with pytest.raises(InputError, match="expected finished runs"):
-        evaluation.main(["--plot", "q"])
-    glue_folder(here / "glue", [("RTE", 5)])
-    for seed in ("0", "1"):
-        train.main(["--task", "rte", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--epochs", "1", "--seed", seed, "--device", "cpu"])
-    train.main(QUICK)
-    train.main([*QUICK, "--method", "pabee"])
+def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, capsys):
+    glue_folder(here / "glue", {("CoLA", "test"): 1063, ("STS-B", "test"): 1379, ("MNLI", "test_matched"): 9796,
+                                ("MNLI", "test_mismatched"): 9847})
+    (here / "glue" / "AX.tsv").write_text("index\tsentence1\tsentence2\n" + "0\ta dog\ta cat\n" * 1104)
+    small = ["--model", "tiny", "--data-dir", "glue", "--max-length", "12", "--epochs", "1", "--device", "cpu"]
+    for flags in (["cola"], ["cola", "--seed", "1"], ["mnli"], ["stsb"], ["cola", "--method", "finetune"]):
+        train.main(["--task", *flags, *small, "--name", "".join(flags)])
+    for name, score in (("cola", 60), ("cola--seed1", 61), ("cola--methodfinetune", 99)):       # another system: not taken
+        path = here / "runs" / name / "run.json"
+        path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
+    with pytest.raises(InputError, match="of pabee with albert-base-v2 under runs/, found those with no model"):
+        evaluation.main(["--submit", "glue.zip", "--method", "pabee"])
     capsys.readouterr()
-    evaluation.main(["--table"])
-    said = capsys.readouterr().out
-    assert "Table 1" in said and "Table 2" in said and "Table 3" in said and "not run" in said
-    for kind in ("q", "speedup", "prior", "distribution", "negations"):
-        evaluation.main(["--plot", kind, "--device", "cpu"])
-        assert (here / "runs" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert all(name in said.out for name in ("SST-2.tsv", "MRPC.tsv", "QQP.tsv", "QNLI.tsv", "RTE.tsv", "WNLI.tsv"))
+    assert "cola test: runs/cola--seed1, dev 61.0 by q" in said.err and "finetune" not in said.err
+    check_submission("glue.zip", ["CoLA.tsv", "STS-B.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"])
 
 
-def test_damaged_run_folders_are_one_sentence(here, small_parity):
-    train.main([*QUICK, "--name", "good"])
-    good = here / "runs" / "good"
-    damages = {"run.json": b"{", "config.json": b"[]", "spiece.model": b"no", "model.safetensors": b"\0" * 100}
-    for name, damage in damages.items():
+@pytest.mark.parametrize("method", CRITERIA)
+def test_regression_trains_evaluates_sweeps_explains_and_answers_by_every_method(method, here, capsys):
+    glue_folder(here / "glue", {("STS-B", "test"): 5})
+    train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--method", method, "--epochs", "1",
+                "--device", "cpu"])
+    result = json.loads(asked(capsys, "--json"))
+    assert set(result["metrics"]) == {"pearson", "spearman"} and result["differ"] == 0
+    if result["exit"] in run_module.SWEEPS:
+        assert len(json.loads(asked(capsys, "--sweep", "--json"))["by_layer"]) == 3
+    assert asked(capsys, "--text", "a dog", "--text-b", "a cat").count("\n") == 8
+    header, *lines = asked(capsys, "--input", "glue/STS-B/test.tsv").splitlines()
+    assert header == "value\tlayer" and len(lines) == 5 and all(1 <= int(line.split("\t")[1]) <= 3 for line in lines)
+
+
+def test_damaged_run_folders_are_one_sentence(runs, here, monkeypatch):
+    shutil.copytree(runs / "pabee", here / "runs" / "good")
+    monkeypatch.chdir(here)
+    good, evaluate = here / "runs" / "good", lambda: evaluation.main(["--run", "good", "--device", "cpu"])
+    for name in ("run.json", "config.json", "spiece.model", "model.safetensors"):
         kept = (good / name).read_bytes()
-        for bad in (damage, kept[:len(kept) // 2], b""):
-            (good / name).write_bytes(bad)
+        for bad in (b"{", b"[]", b"\0" * 100, kept[:len(kept) // 2], b"", None):
+            (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
             with pytest.raises(InputError) as caught:
-                evaluation.main(["--run", "good", "--device", "cpu"])
+                evaluate()
             assert "\n" not in str(caught.value)
-        (good / name).unlink()
-        with pytest.raises(InputError):
-            evaluation.main(["--run", "good", "--device", "cpu"])
         (good / name).write_bytes(kept)
-    evaluation.main(["--run", "good", "--device", "cpu"])
+    evaluate()
     other = json.loads((good / "run.json").read_text())
-    for settings_ in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "pabee"}):
-        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | settings_}))
+    for wrong in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "palbert"}):
+        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | wrong}))
         with pytest.raises(InputError):
-            evaluation.main(["--run", "good", "--device", "cpu"])
+            evaluate()
 
 
 def readme_commands():
