@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
+import paper
 from checkpoint import InputError, atomic_write
-from glue import SUBMISSION, TASKS, load, read_inputs, write_submission
+from glue import SUBMISSION, load, read_inputs, write_submission
 from ponder import exit_distribution
 from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
                  device_name, find_run, flag, get_task, load_run, make_rule, make_settings, predict_all,
@@ -44,10 +45,11 @@ def first_line(folder, device):
     values, log = read_run(folder)[1], folder / "metrics.jsonl"
     if values.get("finished"):
         return f"{folder}, epoch {values.get('best_epoch', 'unknown')}, on {device_name(device)}"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    epochs = [json.loads(line) for line in lines if '"dev"' in line and line.endswith("}")]
-    best = max(epochs, key=lambda line: line["dev"]["score"], default={"epoch": "unknown"})
-    return f"{folder}, UNFINISHED, epoch {best['epoch']} is its best so far, on {device_name(device)}"
+    epoch = "unknown"
+    with contextlib.suppress(OSError, ValueError):                  # a lost or cut log is no reason to stop
+        lines = [json.loads(line) for line in log.read_text().splitlines() if '"dev"' in line]
+        epoch = max(lines, key=lambda line: line["dev"]["score"])["epoch"]
+    return f"{folder}, UNFINISHED, its best epoch so far {epoch}, on {device_name(device)}"
 
 
 def read_splits(settings, tokenizer, split):
@@ -57,10 +59,8 @@ def read_splits(settings, tokenizer, split):
 
 def exit_statistics(model, settings, splits, batch_size):
     """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full
-    depth. Each exit is then run for real, for its seconds; `differ` counts the rows that leave at another layer
-    than that pass says. Every way has run once before it is timed."""
-    import paper
-
+    depth. Then each exit runs for real and is timed; `differ` counts the rows that leave elsewhere than that
+    pass says. Every way runs once before it is timed."""
     inputs = [row for rows, _ in splits.values() for row in rows]
     whole = functools.partial(all_layers, model, batch_size=batch_size, precision=settings.precision)
     whole(inputs[:batch_size])
@@ -103,8 +103,6 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
 
 def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json):
     """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
-    import paper
-
     if criterion not in SWEEPS:
         others = [f"--exit {name}" for name in settings.exits if name in SWEEPS] or ["another run"]
         raise InputError(f"--sweep: exit {criterion} has no threshold; use {' or '.join(others)}")
@@ -132,8 +130,8 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
 
 def criterion_values(criterion, settings, logits, lam):
     """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
-    value at which it stops (or None), the largest value that there is. Exit by the last layer looks at nothing:
-    for it, the entropy."""
+    value at which it stops (or None), the largest value possible. The last layer's exit looks at nothing; the
+    entropy stands there."""
     L, C = logits.shape[1:]
     rule = make_rule(criterion, settings, L)
     state, stop = rule.start(1, L, lam.device), getattr(settings, THRESHOLDS.get(criterion, ""), None)
@@ -195,7 +193,7 @@ def answers(model, settings, inputs, criterion, batch_size):
 def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
     """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
     task, started, done = get_task(settings.task), time.time(), 0
-    total, rows = sum(1 for _ in read_inputs(path, task.name)), read_inputs(path, task.name)
+    total, rows = sum(1 for _ in read_inputs(path, settings.task)), read_inputs(path, settings.task)
     target = contextlib.nullcontext(sys.stdout.buffer) if output is None else atomic_write(Path(output))
     with target as file:
         file.write(b"value\tlayer\n" if task.num_labels == 1 else b"label\tprobability\tlayer\n")
@@ -217,31 +215,28 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
 def submit(path, root, method, model, device, batch_size, changed):
     """The zip for GLUE's server of one system, a method's preset with one model: the best seed on dev of each
     task's cell. MNLI's run predicts AX, too. All files are read before anything is predicted."""
-    import paper
-
-    found = paper.cells(paper.finished_runs(root))
-    best = {}
+    found, best, predictions = paper.cells(paper.finished_runs(root)), {}, {}
     for task, name, _ in found:
         seeds = paper.seeds_of(found, task, name, {"method": method})
-        if seeds and TASKS.get(task) and any(task == of for of, _ in SUBMISSION.values()):
+        if seeds and any(task == other for other, _ in SUBMISSION.values()):
             best.setdefault(name, {})[task] = max(seeds, key=lambda run: run.score)
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
-        raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found those "
-                         f"with {', '.join(best) or 'no model'}; train them, or choose by --method and --model")
-    examples, predictions = {}, {}
+        raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found "
+                         f"those with {', '.join(best) or 'no model'}; train them, or give --method and --model")
+    jobs = []
     for task, run in best[name].items():
+        keys = [key for key in SUBMISSION.values() if key[0] == task or (task == "mnli" and key[0] == "ax")]
         data_dir = changed.get("data_dir", run.settings.data_dir)
-        for key in SUBMISSION.values():
-            if key[0] == task or (task == "mnli" and key[0] == "ax"):
-                examples[key] = run, load(*key, data_dir)
-    for key, (run, rows) in examples.items():
-        say(f"{key[0]} {key[1]}: {run.folder}, dev {run.score:.1f} by {run.settings.exit}")
+        jobs.append((run, {key: load(*key, data_dir) for key in keys}))
+    for run, files in jobs:
+        say(f"{run.folder}, dev {run.score:.1f} by {run.settings.exit}")
         settings, tokenizer, model = load_run(run.folder, device)
         settings = dataclasses.replace(settings, **changed)
-        inputs = tokenizer.encode_all(rows, settings.max_length)
-        outputs, _ = answers(model, settings, inputs, settings.exit, batch_size)
-        predictions[key] = (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).numpy()
+        for key, examples in files.items():
+            inputs = tokenizer.encode_all(examples, settings.max_length)
+            outputs, _ = answers(model, settings, inputs, settings.exit, batch_size)
+            predictions[key] = (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).numpy()
     missing = ", ".join(write_submission(path, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
@@ -276,8 +271,8 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
 
 
 def parse_flags(argv):
-    """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does not
-    read and for a value out of its range, before anything is looked for."""
+    """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does
+    not read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
     parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
     types = {field.name: field for field in dataclasses.fields(Settings)}
@@ -292,15 +287,14 @@ def parse_flags(argv):
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:
         if use not in FLAGS[name][1].split():
-            uses = " or ".join(flag(other) for other in FLAGS[name][1].split() if other != "report")
-            raise InputError(f"{flag(name)} does nothing here; it goes with {uses}")
+            others = " or ".join(flag(other) for other in FLAGS[name][1].split())
+            where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
+            raise InputError(f"{flag(name)} does nothing {where}")
     make_settings(**{name: value for name, value in given.items() if name in types})
     return use, given
 
 
 def main(argv=None):
-    import paper
-
     use, given = parse_flags(argv)
     device, root = choose_device(given.get("device")), Path(given.get("runs", RUNS))
     batch_size, split, as_json = given.get("batch_size", 32), given.get("split", "dev"), "json" in given
@@ -319,7 +313,7 @@ def main(argv=None):
     criterion = given.get("exit", thresholds[0] if thresholds else settings.exit)
     for name in [criterion, *thresholds]:
         if name not in settings.exits:
-            raise InputError(f"{flag('exit')} {name}: a run of {settings.method} on {settings.task} exits by "
+            raise InputError(f"--exit {name}: a run of {settings.method} on {settings.task} exits by "
                              f"{', '.join(settings.exits)}")
         if name != criterion and use != "report":
             raise InputError(f"{flag(THRESHOLDS[name])} does nothing with --exit {criterion}")

@@ -51,9 +51,9 @@ def oracle_layers(logits, labels):
 
 
 def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,): the share of rows
-    that exit at each layer, dealt: the score if the same layers go to random rows, which an exit that chooses
-    its rows well beats. Of sampling the mean of its draws. Without labels the scores are None."""
+    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,): the share of
+    rows that exit at each layer, dealt: the score if the same layers go to random rows, which an exit that
+    chooses its rows well beats. Of sampling the mean of its draws. Without labels the scores are None."""
     labelled, L = labels[0] is not None, lam.shape[1]
     metrics, shares, dealt = {"score": None}, [], []
     if labelled:
@@ -73,8 +73,8 @@ def exit_result(criterion, settings, logits, lam, labels, split):
 def study(settings, splits):
     """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model.
 
-    splits {split: (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each
-    threshold}, by_layer (L,): the score of every fixed layer, oracle: its score and mean_layer.
+    splits {split: (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for
+    each threshold}, by_layer (L,): the score of every fixed layer, oracle: its score and mean_layer.
     """
     trees = []
     for split, (logits, lam, labels) in splits.items():
@@ -208,12 +208,8 @@ TABLE_2 = (     # system, encoder, settings, the paper's dev scores and their me
 )
 
 
-def count_of(seeds):
-    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-
-
 def cell(seeds, criterion=None, median=False):
-    """median, or mean ± std, of dev scores by the runs' own exit or the one given; mean layer; dealt score"""
+    """median, or mean ± std, of dev scores by the runs' own exit or the one given; mean layer, dealt score"""
     if not seeds:
         return "not run"
     results = [run.study["dev"][criterion or run.settings.exit] for run in seeds]
@@ -221,7 +217,7 @@ def cell(seeds, criterion=None, median=False):
     text = f"{statistics.median(values):.1f}" if median else f"{mean['score']:.1f}"
     if len(values) > 1 and not median:
         text += f" ± {statistics.stdev(values):.1f}"
-    return f"{text} ({count_of(seeds)}, layer {mean['mean_layer']:.1f}, dealt {mean['dealt']:.1f})"
+    return f"{text} (n = {len(seeds)}, layer {mean['mean_layer']:.1f}, dealt {mean['dealt']:.1f})"
 
 
 def print_table(title, columns, rows):
@@ -285,16 +281,16 @@ CURVES = {"PALBERT, Q-exit": ("palbert", "q"), "PABEE, patience": ("pabee", "pat
 
 
 def plot(kind, root, out, device, batch_size, changed):
-    """One of the figures below over the finished runs under root, as out or as root/KIND.png. Figures that read
+    """One of the figures below over the finished runs under root, as out or as root/KIND.png. Those that read
     the models do it with the settings `changed`: the folder of the data, the precision."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise InputError("--plot: matplotlib, which draws, is not installed; pip install matplotlib") from None
+        raise InputError("--plot: matplotlib is not installed, and draws; pip install matplotlib") from None
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.3})
+                            "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
     found = cells(finished_runs(root))
 
     def read(run, split):
@@ -361,7 +357,7 @@ def draw_q(axis, n, label, seeds, lines):
     curves = torch.tensor([[float(row["score"]) for row in run.study["sweep"]["q"]] for run in seeds])
     mean, std = curves.mean(0), curves.std(0, correction=min(1, len(seeds) - 1))
     axis.plot(SWEEPS["q"], mean, color=COLOURS[n], marker=MARKERS[n], markersize=3,
-              label=f"{label}, {count_of(seeds)}")
+              label=f"{label}, n = {len(seeds)}")
     axis.fill_between(SWEEPS["q"], mean - std, (mean + std).clamp(max=100), color=COLOURS[n], alpha=0.2)
     axis.set(xlabel="threshold q")
 
@@ -393,6 +389,7 @@ def draw_prior(axis, n, label, seeds, lines):
     axis.bar([layer - 0.4 + (n + 0.5) * width for layer in layers], shares, width, color=COLOURS[n % 6],
              label=f"{label}: {result['score']:.1f}")
     axis.set(xlabel="exit layer", ylabel="share of dev rows (%)", xticks=layers)
+    axis.margins(y=0.4)                                     # room for the legend
 
 
 def plot_distribution(pyplot, found, read):
@@ -429,11 +426,11 @@ def plot_negations(pyplot, found, read):
         tables.append(torch.stack([table[k == n].mean(0) for n in counts]))
     mean, L = torch.stack(tables).mean(0).tolist(), lam.shape[1]    # K rows of L+3
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for n, row in zip(counts, mean):                        # the thinner ones lie above: no line hides another
+    for n, row in zip(counts, mean):                        # thinner ones lie above: no line hides another
         left.plot(range(1, L + 1), row[:L], color=COLOURS[n], marker=MARKERS[n], markersize=10 - 2 * n,
                   linewidth=5 - 1.2 * n, label=f"{n} negations")
     left.axhline(seeds[0].settings.q, color="black", linewidth=1, linestyle="--", label="q")
-    left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=count_of(seeds))
+    left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=f"n = {len(seeds)} seeds")
     left.legend(frameon=False)
     middle.bar_label(middle.bar(counts, [row[L] for row in mean]), fmt="%.2f")
     middle.set(xlabel="nested negations", ylabel="mean exit layer", xticks=counts)
@@ -448,7 +445,7 @@ def plot_negations(pyplot, found, read):
 # ---- speed ----
 
 def full_depth(model, inputs, batch_size):
-    """The plain model: every layer whole, then the pool and the classifier; logits (N,C) in the order of batches"""
+    """The plain model: every layer whole, then pool and classifier; logits (N,C) in the order of batches"""
     L, device, outputs = model.num_layers, next(model.parameters()).device, []
     for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
         ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, device)
@@ -461,7 +458,7 @@ def full_depth(model, inputs, batch_size):
 
 
 def released_way(model, inputs, layers):
-    """The released code's inference: one row at a time, padded to 128, layer by layer to its exit; logits (N,C)"""
+    """The released code's inference: one row at a time, padded to 128, down to its exit; logits (N,C)"""
     device, outputs = next(model.parameters()).device, []
     for row, layer in zip(inputs, layers.tolist()):
         outputs.append(model.predict(*pad([row], model.encoder, device, 128), FixedExit(layer))[0])
@@ -469,7 +466,7 @@ def released_way(model, inputs, layers):
 
 
 def flops(model, operations, work):
-    """FLOP/s of work(), the median of 5; so many calls between two waits take 50 ms, or the wait would count"""
+    """FLOP/s of work(), the median of 5; calls that take 50 ms lie between two waits, or those would count"""
     calls, seconds = 1, 0
     while seconds < 0.05:
         calls *= 2
@@ -487,8 +484,8 @@ def print_flops(model, B, T, dtype):
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
         x, w = new(m, k), new(k, n)
         best = max(best, flops(model, 2 * m * k * n, lambda: x @ w))
-    print(f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best matrix product's "
-          f"{best / 1e9:.0f}\n")
+    print(f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best product's "
+          f"{best / 1e9:.0f}")
 
 
 @torch.no_grad()
@@ -513,7 +510,7 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
         _, layers = early(32)
         mean_layer = layers.double().mean().item()
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, {criterion} exit at layer "
+        print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, exit by {criterion} at "
               f"{mean_layer:.2f} of {L}; PyTorch {torch.__version__}, {device_name(device)}, {dtype}")
         print_flops(model, 32, round(length), dtype)
         print_table("", ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
