@@ -169,8 +169,6 @@ class Albert(nn.Module):
         self.groups = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.inner_group_num))
                                     for _ in range(config.num_hidden_groups))
         self.pooler = nn.Linear(H, H)
-        if config.inner_group_num > 1:
-            self.first = None    # only a layer's last block can be decided early; no published ALBERT has more than one
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -197,12 +195,18 @@ class Albert(nn.Module):
         return h
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), and what else finish() takes: kv (B,0), for nothing is worth keeping"""
-        return self.blocks(i)[0].first(h, mask), h.new_empty(len(h), 0)
+        """h_i of the first token alone (B,1,H), at the price of little more than one row"""
+        *inner, last = self.blocks(i)
+        for block in inner:
+            h = block(h, mask)
+        return last.first(h, mask)
 
-    def finish(self, i, h, mask, cls, kv):
-        """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
-        return self.blocks(i)[0].rest(h, mask, cls)
+    def finish(self, i, h, mask, cls):
+        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from every argument"""
+        *inner, last = self.blocks(i)
+        for block in inner:
+            h = block(h, mask)
+        return last.rest(h, mask, cls)
 
     def pool(self, h):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""

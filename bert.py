@@ -99,11 +99,11 @@ class Roberta(nn.Module):
         return self.blocks[i - 1](h, mask)
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), and what else finish() takes: kv (B,0), for nothing is worth keeping"""
-        return self.blocks[i - 1].first(h, mask), h.new_empty(len(h), 0)
+        """h_i of the first token alone (B,1,H), at the price of little more than one row"""
+        return self.blocks[i - 1].first(h, mask)
 
-    def finish(self, i, h, mask, cls, kv):
-        """h_i (B,T,H), given h_{i-1} and what first() returned; rows may have been dropped from every argument alike"""
+    def finish(self, i, h, mask, cls):
+        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from every argument"""
         return self.blocks[i - 1].rest(h, mask, cls)
 
     def pool(self, h):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+import fast
 from checkpoint import InputError, atomic_write
 from glue import TASKS, buckets, load, negations
-from ponder import exit_distribution, pad
+from fast import pad
+from ponder import exit_distribution
 from run import (RUNS, SWEEPS, all_layers, apply_exit, autocast, device_name, load_run, make_rule, make_settings, predict_all, read_run,
                  read_split, say, scores, splits_of, sweep, timed)
 
@@ -88,8 +90,8 @@ def bench(model, settings, tokenizer, exit, split, rows=128, rounds=5):
     length = statistics.mean(len(ids) for ids, _ in inputs)
     rule = lambda: make_rule(exit, settings, L)
 
-    def early(batch_size, first_tokens=type(model).first_tokens, depthwise=False):
-        model.first_tokens = first_tokens
+    def early(batch_size, first_tokens=fast.FIRST_TOKENS, depthwise=False):
+        fast.FIRST_TOKENS = first_tokens
         with autocast(device):
             return model.predict_many(inputs, rule(), batch_size, depthwise)
 

@@ -18,15 +18,15 @@ import torch
 
 import albert
 import bert
-import ponder
 from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
+from fast import pad
 from glue import TASKS, buckets, load, score, sources
-from ponder import (EntropyExit, FixedExit, PatienceExit, Ponder, QExit, SampleExit, exit_distribution, exit_layers,
-                    expected_prediction, pad)
+from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
+                    exit_distribution, exit_layers, expected_prediction)
 from text import load_tokenizer, train_tokenizer
 
 RUNS = Path("runs")
-PRESETS = {             # what a method changes in Settings
+METHODS = {     # what a method changes in Settings
     "palbert": {},
     "pondernet": {"lambda_layers": 1, "lambda_input": "current", "lambda_lr": None, "exit": "sample"},
     "pabee": {"classifiers": "per_layer", "lambda_lr": None, "exit": "patience"},
@@ -34,15 +34,14 @@ PRESETS = {             # what a method changes in Settings
                "exit": "learned"},
     "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
 }
-SCRATCH = {             # this project's own settings for models from scratch
+SCRATCH = {     # this project's own settings for models from scratch
     "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0,
              "epochs": 2, "warmup": 100, "clip": 1.0},
     "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
 }
 EXITS = ("q", "sample", "expectation", "patience", "entropy", "learned", "last")
-GROUPS = {"task": "the run", "exit": "the method", "lr": "the training"}    # the setting that begins each
 PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which changes no result
-DRAWS = 20              # of sampling, whose score is their mean: one draw alone is off by 1 to 2 points
+DRAWS = 20      # of sampling, whose score is their mean: one draw is off by 1 to 2 points
 
 
 # ---- settings ----
@@ -54,23 +53,23 @@ def setting(default, allowed, meaning):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. The defaults are PALBERT's, as the paper and the released code's command for
-    RTE have them; PRESETS and SCRATCH say what --method and a model from scratch change."""
+    """Everything that decides a run. The defaults are PALBERT's, as the paper and the released command for RTE
+    have them; METHODS and SCRATCH say what --method and a model from scratch change."""
 
     task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
     model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
-    method: str = setting("palbert", tuple(PRESETS), "the system, a preset of the settings below")
+    method: str = setting("palbert", tuple(METHODS), "the system, a preset of the settings below")
     seed: int = setting(0, (0, 10**9), "seed of everything random")
     max_steps: int = setting(None, (1, 10**9), "steps after which the run ends")
     save_every: int = setting(None, (1, 10**9), "steps between checkpoints, besides one an epoch")
     data_dir: str = setting(None, None, "folder with the GLUE files; without it they are downloaded")
     device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
-    precision: str = setting(None, ("float32", "bf16"), "bf16 by default where a GPU computes in it")
+    precision: str = setting(None, ("float32", "bf16"), "without it bf16 where a GPU computes in it")
     exit: str = setting("q", EXITS, "the exit whose dev score stops and selects")
     q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
     prior: float = setting(0.1, (1e-9, 1 - 1e-9), "lambda of the geometric prior (section 4.5)")
-    cut: float = setting(0.05, (0, 0.99), "what of p is left where it is cut (section 3); 0: no cut")
+    cut: float = setting(0.05, (0, 0.99), "what is left of p where it is cut (section 3); 0: no cut")
     lambda_layers: int = setting(3, (1, 3), "layers of the Lambda head (section 3.2)")
     lambda_input: str = setting("concat", ("current", "concat"), "h_i, or h_i and h_{i-1} (section 3.2)")
     layers: int = setting(None, (1, 1000), "layers to run, where layers are shared (Table 2 has 9)")
@@ -107,25 +106,21 @@ class Settings:
                 raise InputError(f"{flag(field.name)} {value}: expected {expected}")
 
     @property
-    def ponders(self):
-        """Whether the loss is Eq. 1."""
-        return self.method in ("palbert", "pondernet")
-
-    @property
     def has_lambda(self):
         """Whether the model has a Lambda head, which in BERxiT is the certainty."""
-        return self.ponders or self.method == "berxit"
+        return self.method not in ("pabee", "finetune")
 
     @property
     def exits(self):
         """The exits that this run's model can be evaluated by."""
-        if self.ponders:
-            return ("q", "sample", "expectation", "last")
+        if self.method == "finetune":
+            return ("last",)
         if self.method == "berxit":
             return ("learned", "last")
-        if self.method == "pabee" and get_task(self.task).num_labels > 1:
-            return ("patience", "entropy", "last")
-        return ("patience", "last") if self.method == "pabee" else ("last",)
+        if self.method == "pabee":
+            regression = get_task(self.task).num_labels == 1
+            return ("patience", "last") if regression else ("patience", "entropy", "last")
+        return ("q", "sample", "expectation", "last")
 
 
 def make_settings(**given):
@@ -134,11 +129,10 @@ def make_settings(**given):
     for name in given:
         if name not in known:
             raise InputError(f"{flag(name)} is not a setting; settings are {', '.join(known)}")
-    model = given.get("model")
+    model, method = given.get("model"), given.get("method", "palbert")
     if model is None:
-        model = "tiny" if given.get("task", Settings.task) == "parity" else "albert-base-v2"
-    method = given.get("method", Settings.method)
-    return Settings(**{**SCRATCH.get(model, {}), **PRESETS.get(method, {}), **given, "model": model})
+        model = "tiny" if given.get("task", "parity") == "parity" else "albert-base-v2"
+    return Settings(**{**SCRATCH.get(model, {}), **METHODS.get(method, {}), **given, "model": model})
 
 
 def changed_settings(settings):
@@ -166,34 +160,35 @@ class Parser(argparse.ArgumentParser):
 # ---- device and precision ----
 
 def choose_device(name=None):
-    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Where torchrun started a process
-    for each GPU, cuda is this process's own. InputError where the device does not exist."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = [kind for kind in here if here[kind]]
-    kind, _, number = (name or found[0]).partition(":")
-    if kind not in here or not re.fullmatch("(cuda(:[0-9]{1,4})?|mps|cpu)?", name or ""):
+    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Where torchrun started
+    this process, cuda is the GPU of its rank. InputError where there is no such device."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        name = next(kind for kind in found if found[kind])
+    if not re.fullmatch("cuda(:[0-9]{1,4})?|mps|cpu", name):
         raise InputError(f"--device {name}: expected cuda, cuda:N, mps or cpu")
+    kind, _, number = name.partition(":")
     number = int(number or os.environ.get("LOCAL_RANK", 0))
-    if kind not in found or (kind == "cuda" and number >= torch.cuda.device_count()):
-        raise InputError(f"--device {name or kind}: PyTorch {torch.__version__} finds {', '.join(found)} here and "
-                         f"{torch.cuda.device_count()} GPUs, one for each process; choose among these")
+    if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here, of "
+                         f"{torch.cuda.device_count()} GPUs; use another, or cpu; torchrun needs one a process")
     if kind != "cuda":
         return torch.device(kind)
     torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    return torch.device(kind, number)
 
 
 def autocast(device, precision=None):
-    """The context in which a model computes: bf16 autocast or plain float32. None is bf16 on a GPU that computes in it,
-    else float32; bf16 where the device does not compute in it is an InputError."""
+    """The context in which a model computes, bf16 autocast or plain float32; None is bf16 on a GPU that
+    computes in it. InputError for bf16 on a device that does not."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision is None:
         precision = "bf16" if able else "float32"
     if device.type == "cpu":
-        kinds = torch.cpu.get_capabilities()
-        able = bool(kinds.get("avx512_bf16") or kinds.get("amx_bf16"))
+        has = torch.cpu.get_capabilities()
+        able = has.get("avx512_bf16") or has.get("amx_bf16")
     if precision == "bf16" and not able:
-        raise InputError(f"--precision bf16: this {device.type} does not compute in it; use --precision float32")
+        raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -204,23 +199,21 @@ def device_name(device):
 
 
 def timed(model, work):
-    """(seconds, result) of work(), what the device does included"""
+    """(seconds, result) of work(), what the device does for it included"""
     device = next(model.parameters()).device
-    synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     start = time.perf_counter()
     result = work()
-    synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start, result
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
-
-
 # ---- the model of a run ----
+
+ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "roberta": (bert.Roberta, bert.RobertaConfig)}
+
 
 def get_task(name):
     if name not in TASKS:
@@ -230,55 +223,61 @@ def get_task(name):
 
 def check(settings):
     """InputError for what can be known to be wrong before anything is loaded or fetched."""
-    task, path = get_task(settings.task), Path(settings.model)
-    name, sizes = path.name, {**albert.SIZES, **bert.SIZES}
+    task, path, sizes = get_task(settings.task), Path(settings.model), {**albert.SIZES, **bert.SIZES}
     if "train" not in task.splits:
         raise InputError(f"--task {task.name}: it has no training set; choose another")
     if settings.exit not in settings.exits:
-        raise InputError(f"--exit {settings.exit}: a run of {settings.method} on {task.name}"
-                         f"{', a regression,' if task.num_labels == 1 else ''} exits by {' or '.join(settings.exits)}")
-    if not path.exists() and not Path(f"{path}.index").exists() and name not in sizes:
+        others = " or ".join(settings.exits)
+        raise InputError(f"--exit {settings.exit}: {settings.method} on {task.name} exits by {others}")
+    if path.name not in sizes and not path.exists() and not Path(f"{path}.index").exists():
         raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(sizes)}")
-    if name in bert.SIZES and settings.layers not in (None, bert.SIZES[name].num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: {name} has {bert.SIZES[name].num_hidden_layers}, each with "
-                         "weights of its own; only a model with shared layers (ALBERT) can run another number")
+    if path.name in bert.SIZES and settings.layers not in (None, sizes[path.name].num_hidden_layers):
+        raise InputError(f"--layers {settings.layers}: {path} has {sizes[path.name].num_hidden_layers}, and only "
+                         "a model whose layers share their weights (ALBERT) can run another number")
+
+
+def model_type(path):
+    """What a folder's config.json, or a published name, says: a key of ENCODERS"""
+    if (path / "config.json").exists():
+        return read_json(path / "config.json").get("model_type", "albert")
+    return "roberta" if path.name in bert.SIZES else "albert"
 
 
 def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run: its encoder is from scratch, from another run or published. Its config and
+    """(tokenizer, model) of a new run: its encoder is from scratch, another run's or published. Its config and
     tokenizer are written to the folder."""
-    source = Path(settings.model)
+    source, config = Path(settings.model), albert.SIZES.get(settings.model)
+    kind = model_type(source)
+    encoder_class, _ = ENCODERS.get(kind, ENCODERS["albert"])
     if settings.model in SCRATCH:
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
-        config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
         torch.manual_seed(settings.seed)
-        encoder = albert.Albert(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
+        encoder = encoder_class(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
     elif (source / "run.json").exists():
         torch.manual_seed(settings.seed)
         _, tokenizer, model = load_run(source, torch.device("cpu"))
         encoder = model.encoder
     else:
-        kind, encoder_class = (bert, bert.Roberta) if is_roberta(source) else (albert, albert.Albert)
-        tokenizer = load_tokenizer(kind.fetch(settings.model))
+        tokenizer = load_tokenizer((bert if kind == "roberta" else albert).fetch(settings.model))
         torch.manual_seed(settings.seed)
         encoder = encoder_class.from_pretrained(settings.model)
     if settings.max_length > encoder.max_length:
-        raise InputError(f"--max-length {settings.max_length}: {source} has positions for {encoder.max_length} tokens")
-    model_type = "roberta" if isinstance(encoder, bert.Roberta) else "albert"
-    write_json(folder / "config.json", {"model_type": model_type, **dataclasses.asdict(encoder.config)})
-    fitting(tokenizer, encoder, source).save(folder)
-    return tokenizer, make_ponder(encoder, settings)
+        raise InputError(f"--max-length {settings.max_length}: {source} has positions for {encoder.max_length} "
+                         "tokens; use no more")
+    model = make_ponder(encoder, settings, tokenizer, source)
+    write_json(folder / "config.json", {"model_type": kind, **dataclasses.asdict(encoder.config)})
+    tokenizer.save(folder)
+    return tokenizer, model
 
 
-def is_roberta(path):
-    config = path / "config.json"
-    return path.name in bert.SIZES or (config.exists() and read_json(config).get("model_type") == "roberta")
-
-
-def make_ponder(encoder, settings):
-    """The untrained Ponder of these settings around an encoder"""
+def make_ponder(encoder, settings, tokenizer, source):
+    """The untrained Ponder of these settings around an encoder, which must have an embedding for each piece"""
+    vocabulary = encoder.config.vocab_size
     lambda_layers = settings.lambda_layers if settings.has_lambda else 0
+    if tokenizer.vocab_size > vocabulary:
+        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the model embeddings "
+                         f"for {vocabulary}; take both from one model")
     try:
         return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
                       settings.lambda_input == "concat", settings.classifiers == "per_layer", settings.prior,
@@ -287,30 +286,20 @@ def make_ponder(encoder, settings):
         raise InputError(f"--layers {settings.layers}: {error}") from None
 
 
-def fitting(tokenizer, encoder, source):
-    """The tokenizer, if the encoder has an embedding for each of its ids"""
-    if tokenizer.vocab_size > encoder.config.vocab_size:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, but the model has embeddings "
-                         f"for {encoder.config.vocab_size}; they belong to different models")
-    return tokenizer
-
-
 # ---- the folder of a run ----
 
 def open_run(folder, settings):
-    """(tokenizer, model) from the config.json and the tokenizer of a run's folder. The model is on the meta device: what
-    only the config claims takes no memory."""
-    values, source = read_json(folder / "config.json"), str(folder / "config.json")
+    """(tokenizer, model) by the config.json and tokenizer of a run's folder. The model is on the meta device,
+    where what only a config claims takes no memory."""
+    values, tokenizer = read_json(folder / "config.json"), load_tokenizer(folder)
+    encoder_class, config_class = ENCODERS.get(values.get("model_type"), ENCODERS["albert"])
     with torch.device("meta"):
-        if values.get("model_type") == "roberta":
-            encoder = bert.Roberta(bert.RobertaConfig.from_json(values, source))
-        else:
-            encoder = albert.Albert(albert.AlbertConfig.from_json(values, source))
-        return fitting(load_tokenizer(folder), encoder, folder), make_ponder(encoder, settings)
+        encoder = encoder_class(config_class.from_json(values, str(folder / "config.json")))
+        return tokenizer, make_ponder(encoder, settings, tokenizer, folder)
 
 
 def fill(model, path, device):
-    """The model, on the device, with the weights of a safetensors file, which must have its names and shapes"""
+    """The model, on the device, with the weights of a safetensors file, whose tensors must be the model's"""
     weights = read_safetensors(path)
     compare_tensors(weights, model.state_dict(), path)
     model = model.to_empty(device=device)
@@ -320,12 +309,12 @@ def fill(model, path, device):
 
 
 def compare_tensors(given, own, path):
-    """InputError unless the tensors `given` of a file have the names, shapes and dtypes of `own`, dicts by name."""
-    for name in given.keys() | own.keys():
-        pair = given.get(name), own.get(name)
-        if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
-            raise InputError(f"{path}: the tensor {name} does not fit the run's config.json and settings; get a whole "
-                             "copy or train again")
+    """InputError unless the tensors `given` by a file have the names, shapes and dtypes of `own`, dicts by name."""
+    for name in [*own, *given]:
+        ours, theirs = own.get(name), given.get(name)
+        fit = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+        if not fit or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise InputError(f"{path}: its tensor {name} does not fit the run's config and settings; train again")
 
 
 def load_run(folder, device=None):
@@ -335,11 +324,11 @@ def load_run(folder, device=None):
     settings, values = read_run(folder)
     for name, digest in values.get("files", {}).items():
         if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that this run ended with (its sha256 differs); get a "
-                             "whole copy or train again")
+            raise InputError(f"{folder / name}: is not the file that this run ended with (its sha256 differs); "
+                             "get a whole copy or train again")
     tokenizer, model = open_run(folder, settings)
-    model = fill(model, folder / "model.safetensors", choose_device() if device is None else device)
-    return settings, tokenizer, model.eval()
+    device = choose_device() if device is None else device
+    return settings, tokenizer, fill(model, folder / "model.safetensors", device).eval()
 
 
 def read_run(folder):
@@ -354,8 +343,8 @@ def read_run(folder):
 
 
 def find_run(name=None, unfinished=False):
-    """The folder of the run of that name under runs/, or at that path; without a name the newest that has weights, or
-    with `unfinished` the newest that can go on."""
+    """The folder of the run of that name under runs/, or at that path; without a name the newest that has
+    weights, or with `unfinished` the newest that can go on."""
     if name is not None:
         for folder in (RUNS / name, Path(name)):
             if (folder / "run.json").exists():
@@ -371,14 +360,15 @@ def find_run(name=None, unfinished=False):
 
 def run_name(settings):
     """The name of a run: task, method, model, what differs from the preset, and the seed"""
-    changed = [f"{name}{getattr(settings, name)}" for name in changed_settings(settings) if name not in ("seed", *PLACE)]
-    return "-".join([Path(settings.task).name, settings.method, Path(settings.model).name, *changed,
-                     f"seed{settings.seed}"])
+    names = [name for name in changed_settings(settings) if name not in ("seed", *PLACE)]
+    changed = [f"{name}{getattr(settings, name)}" for name in names]
+    task, model = Path(settings.task).name, Path(settings.model).name
+    return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
 
 def origin_of(settings):
-    """What a run is made of, as run.json keeps it: sha256 of the task's files, and of the model's config and weights; a
-    model that is published or from scratch is its name."""
+    """What a run is made of: the sha256 of the task's files, and of a model's config and weights, or its name
+    where it is published or from scratch"""
     data = {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)}
     path, model = Path(settings.model), settings.model
     if model not in SCRATCH and path.exists():
@@ -389,24 +379,23 @@ def origin_of(settings):
 
 
 def describe(settings, device):
-    """What else run.json records, so that a number can be traced: versions, device, precision, commit"""
+    """What run.json records so that a number can be traced: settings, versions, device, precision, commit"""
     here, commit = Path(__file__).parent, None
     if (here / ".git").exists():
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-        commit = git.stdout.strip()
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
     bf16 = autocast(device, settings.precision)._enabled
-    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                         "sentencepiece": sentencepiece.__version__},
-            "device": device_name(device), "precision": "bf16" if bf16 else "float32", "commit": commit}
+    return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
+            "precision": "bf16" if bf16 else "float32", "commit": commit,
+            "versions": {"python": platform.python_version()} | versions}
 
 
 # ---- evaluation ----
 
 def splits_of(task, split):
     """The splits meant by a name: dev and test stand for both of MNLI's"""
-    if split in ("dev", "test"):
-        return getattr(get_task(task), f"{split}_splits")
-    return (split,)
+    return getattr(get_task(task), f"{split}_splits") if split in ("dev", "test") else (split,)
 
 
 def read_split(settings, tokenizer, split):
@@ -426,28 +415,29 @@ def all_layers(model, inputs, batch_size=32, precision=None):
             outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
     by_row = torch.tensor([row for batch in order for row in batch]).argsort()
     logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
-    numbers = torch.cat([logits, lam[..., None]], dim=2)
+    numbers = torch.cat([logits, lam[..., None]], 2)
     check_finite(numbers.flatten(0, 1), torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
     return logits, lam
 
 
 def predict_all(model, settings, criterion, inputs, batch_size):
     """Early exit for real: outputs (N,C), layers (N,), on the CPU, in the order of the inputs"""
+    rule = make_rule(criterion, settings, model.num_layers)
     with autocast(next(model.parameters()).device, settings.precision):
-        logits, layers = model.predict_many(inputs, make_rule(criterion, settings, model.num_layers), batch_size)
-    check_finite(logits.cpu(), layers.cpu())
-    return logits.float().cpu(), layers.cpu()
+        outputs, layers = (answer.cpu() for answer in model.predict_many(inputs, rule, batch_size))
+    check_finite(outputs, layers)
+    return outputs.float(), layers
 
 
 def check_finite(numbers, layers):
-    """InputError unless all of numbers (N,C), those of layers (N,), are finite: what is not has no score."""
+    """InputError unless all of numbers (N,C), which are of layers (N,), are finite; else there is no score."""
     bad = layers[~numbers.isfinite().all(1)]
     if len(bad):
-        raise InputError(f"layer {int(bad.min())} gives a logit or lambda that is NaN or infinite; try a lower --lr")
+        raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
 
 
 def make_rule(criterion, settings, L, draw=0):
-    """The exit rule of that name; each draw of sampling is another. The expectation reads every layer, as last does."""
+    """The exit rule of that name, of sampling one for each draw; the expectation reads every layer, as last does"""
     if criterion == "q":
         return QExit(settings.q)
     if criterion == "sample":
@@ -457,7 +447,7 @@ def make_rule(criterion, settings, L, draw=0):
     if criterion == "entropy":
         return EntropyExit(settings.entropy)
     if criterion == "learned":
-        return ponder.LearnedExit(settings.certainty)
+        return LearnedExit(settings.certainty)
     return FixedExit(L)
 
 
@@ -476,7 +466,7 @@ def scores(task, outputs, labels):
 
 
 def mean_scores(criterion, settings, logits, lam, labels):
-    """(metrics, mean layer) of an exit over arrays of full depth; of sampling the means of DRAWS draws, seeds fixed"""
+    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the means over DRAWS fixed seeds"""
     draws, metrics, mean_layer = DRAWS if criterion == "sample" else 1, {}, 0
     for draw in range(draws):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
@@ -487,8 +477,8 @@ def mean_scores(criterion, settings, logits, lam, labels):
 
 
 def evaluate(model, settings, dev, exits):
-    """{exit: {"score", "mean_layer", "metrics"}} and mean p by layer over the splits dev {split: (inputs, labels)};
-    the score is the mean over splits (MNLI has two)."""
+    """{exit: {"score", "mean_layer", "metrics"}} and mean p by layer over the splits dev {split: (inputs,
+    labels)}; the score is the mean over splits (MNLI has two)."""
     was_training, p = model.training, 0
     results = {criterion: {"score": 0, "mean_layer": 0, "metrics": {}} for criterion in exits}
     model.eval()
@@ -504,9 +494,10 @@ def evaluate(model, settings, dev, exits):
     return results, p.tolist()
 
 
-THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # exit -> setting
-SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)), "learned": [n / 20 for n in range(20)],
-          "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]}
+THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # their settings
+SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
+          "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
+          "learned": [n / 20 for n in range(20)]}
 
 
 def sweep(settings, criterion, logits, lam, labels):
@@ -527,7 +518,7 @@ class Interrupted(Exception):
 
 
 def say(text, file=None):
-    """A line for the user, on stderr if nothing else is said, from one of the processes that torchrun started"""
+    """A line for the user, on stderr unless a file is given, from one of the processes that torchrun started"""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file or sys.stderr, flush=True)
 
@@ -538,22 +529,22 @@ def write_json(path, values):
 
 
 def run_main(main):
-    """Run a command: what a user can mend is one sentence and exit code 1, and a closed pipe ends it quietly."""
+    """Run a command: what a user can mend is one sentence and exit code 1; a closed pipe ends it quietly."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")            # for terminals that are not UTF-8
+        stream.reconfigure(errors="replace")    # for terminals that are not UTF-8
     try:
         try:
             main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        for number in (1, 2):                           # Python flushes both once more as it ends
+        for number in (1, 2):                   # Python flushes both once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         sys.exit(1)
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'} could not be read or written: {error.strerror or error}")
+        sys.exit(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the device's memory does not suffice; try a smaller --batch-size")
     except Interrupted as stopped:

@@ -50,6 +50,7 @@ import albert
 import bert
 import checkpoint
 import eval as evaluation
+import fast
 import glue
 import ponder
 import paper
@@ -60,8 +61,9 @@ from albert import Albert, AlbertConfig
 from checkpoint import InputError, assign, read_safetensors
 from ponder import (EntropyExit, FixedExit, LambdaHead, PatienceExit, Ponder, QExit, SampleExit, elbo_loss,
     exit_distribution, exit_layers, expected_prediction, geometric_prior, kl_divergence, layer_losses,
-    layer_weighted_loss, pad)
+    layer_weighted_loss)
 from bert import Roberta, RobertaConfig
+from fast import pad
 from testdata.make_tf_checkpoint import CONFIG as TF_CONFIG, values as tf_values
 
 
@@ -99,7 +101,8 @@ def plain_elbo(logits, lam, labels, prior, beta):
                 top = max(row_logits[i])
                 loss = top + math.log(sum(math.exp(z - top) for z in row_logits[i])) - row_logits[i][label]
             task += weight * loss / len(lam)
-            kl += (weight * math.log(weight / prior[i]) if weight > 0 else 0.0) / len(lam)
+            expected = sum(prior[j:]) if i == j else prior[i]        # the prior of a model of j layers
+            kl += (weight * math.log(weight / expected) if weight > 0 else 0.0) / len(lam)
     return task, kl, task + beta * kl
 
 
@@ -391,7 +394,7 @@ RULES = {"q 0.1": lambda: QExit(0.1), "q 0.5": lambda: QExit(0.5), "q 0.9": lamb
 def test_predict_equals_the_rule_on_forward_at_any_batch_and_padding(kind, rule, first_tokens, monkeypatch):
     if kind == "regression" and rule == "entropy":
         return                                      # an error, tested above
-    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
+    monkeypatch.setattr(fast, "FIRST_TOKENS", first_tokens)
     model = make(labels=1 if kind == "regression" else 3, encoder=ROBERTA_CONFIG if kind == "roberta" else ALBERT_CONFIG,
                  per_layer=kind == "pabee", lambda_layers=0 if kind == "pabee" else 3)
     inputs = rows(64)
@@ -405,7 +408,7 @@ def test_predict_equals_the_rule_on_forward_at_any_batch_and_padding(kind, rule,
     for batch_size in (1, 7, 32):
         found.append(model.predict_many(inputs, RULES[rule](), batch_size))
         for pool_tokens in (1, 500, 24576) if model.encoder.shared else ():     # refilled often, seldom, never
-            monkeypatch.setattr(ponder, "POOL_TOKENS", pool_tokens)
+            monkeypatch.setattr(fast, "POOL_TOKENS", pool_tokens)
             found.append(model.predict_many(inputs, RULES[rule](), batch_size, depthwise=True))
     for got_logits, got_layers in found:
         assert (got_layers == layers).all()
@@ -414,51 +417,23 @@ def test_predict_equals_the_rule_on_forward_at_any_batch_and_padding(kind, rule,
         assert len(layers.unique()) >= 4            # the test means something
 
 
-class Keeping(Albert):
-    """An ALBERT that keeps something of every token between first and finish, and whose embedding is not to be written to"""
-
-    def embed(self, ids, segments):
-        self.embedded = super().embed(ids, segments)
-        self.copy = self.embedded.clone()
-        return self.embedded
-
-    def first(self, i, h, mask):
-        return super().first(i, h, mask)[0], h.clone()
-
-    def finish(self, i, h, mask, cls, kv):
-        assert torch.equal(kv, h) and mask.shape == h.shape[:2]
-        assert torch.allclose(cls, super().first(i, h, mask)[0], atol=1e-5)
-        return super().layer(i, h, mask)
-
-
-def test_what_first_keeps_stays_with_its_row_and_the_embedding_as_it_was(monkeypatch):
-    monkeypatch.setattr(Ponder, "first_tokens", 1)
-    model, inputs = make(), rows(48)
-    keeping = Keeping(ALBERT_CONFIG)
-    keeping.load_state_dict(model.encoder.state_dict())
-    layers = exit_layers(QExit(0.5), *run_full(model, inputs))
-    model.encoder = keeping
-    assert (model.predict_many(inputs, QExit(0.5), 7)[1] == layers).all()
-    assert torch.equal(keeping.embedded, keeping.copy)
-
-
 @given(st.lists(st.integers(1, 8) | st.integers(1, 600) | st.integers(900, 1200), min_size=1, max_size=60), st.integers(1, 40), st.booleans())
 def test_chunks_cover_the_rows_keep_their_bounds_and_are_as_few_as_those_allow(lengths, batch_size, cpu):
     lengths = sorted(lengths, reverse=True)
-    may_be = lambda start, end: end - start == 1 or end - start <= batch_size and (not cpu or (end - start) * lengths[start] <= ponder.CHUNK_TOKENS)
+    may_be = lambda start, end: end - start == 1 or end - start <= batch_size and (not cpu or (end - start) * lengths[start] <= fast.CHUNK_TOKENS)
     fewest = [0]
     for end in range(1, len(lengths) + 1):
         fewest.append(1 + min(fewest[start] for start in range(end) if may_be(start, end)))
-    found = list(ponder.chunks(lengths, batch_size, cpu))
+    found = list(fast.chunks(lengths, batch_size, torch.device("cpu" if cpu else "cuda")))
     assert [n for chunk, _ in found for n in range(chunk.start, chunk.stop)] == list(range(len(lengths)))
     assert all(may_be(chunk.start, chunk.stop) and T == max(lengths[chunk]) for chunk, T in found) and len(found) == fewest[-1]
 
 
 @pytest.mark.parametrize("first_tokens", [1, 10**9])
 def test_predict_many_in_the_chunks_of_an_accelerator_equals_the_rule_on_forward(first_tokens, monkeypatch):
-    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
-    elsewhere = ponder.chunks
-    monkeypatch.setattr(ponder, "chunks", lambda lengths, batch_size, cpu: elsewhere(lengths, batch_size, False))
+    monkeypatch.setattr(fast, "FIRST_TOKENS", first_tokens)
+    elsewhere = fast.chunks
+    monkeypatch.setattr(fast, "chunks", lambda lengths, batch_size, _: elsewhere(lengths, batch_size, torch.device("cuda")))
     model, inputs = make(), rows(48)
     full_logits, lam = run_full(model, inputs)
     layers = exit_layers(QExit(0.5), full_logits, lam)
@@ -483,14 +458,14 @@ class Counting(Albert):
         self.started.append((i, len(h)))
         return super().first(i, h, mask)
 
-    def finish(self, i, h, mask, cls, kv):
+    def finish(self, i, h, mask, cls):
         self.finished.append((i, len(h)))
-        return super().finish(i, h, mask, cls, kv)
+        return super().finish(i, h, mask, cls)
 
 
 @pytest.mark.parametrize("first_tokens", [1, 10**9])
 def test_predict_computes_no_layer_for_a_row_that_has_left(first_tokens, monkeypatch):
-    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
+    monkeypatch.setattr(fast, "FIRST_TOKENS", first_tokens)
     model = make()
     counting = Counting(ALBERT_CONFIG)
     counting.load_state_dict(model.encoder.state_dict())
@@ -498,7 +473,7 @@ def test_predict_computes_no_layer_for_a_row_that_has_left(first_tokens, monkeyp
     inputs = rows(48)
     layers = exit_layers(QExit(0.5), *run_full(model, inputs))
     counting.whole, counting.started, counting.finished = [], [], []
-    model.predict(*pad(inputs, counting, "cpu"), QExit(0.5))
+    model.predict_many(inputs, QExit(0.5), 48)
     needed = {i: int((layers >= i).sum()) for i in range(1, 7) if (layers >= i).any()}
     totals = lambda calls: {i: sum(n for j, n in calls if j == i) for i, _ in calls}
     going_on = {i: int((layers > i).sum()) for i in range(1, 7) if (layers > i).any()}
@@ -522,20 +497,16 @@ def test_predict_many_starts_the_rule_once_with_rows_in_the_callers_order(depthw
     assert calls == [(50, 6)]
 
 
-@pytest.mark.parametrize("pool_tokens", [1, 2000, 24576])
-def test_depthwise_keeps_the_batch_full_until_the_queue_is_empty(pool_tokens, monkeypatch):
-    monkeypatch.setattr(ponder, "POOL_TOKENS", pool_tokens)
+def test_depthwise_keeps_the_batch_full_until_the_queue_is_empty():
     model = make()
     counting = Counting(ALBERT_CONFIG)
     counting.load_state_dict(model.encoder.state_dict())
     model.encoder = counting
     _, layers = model.predict_many(rows(300), QExit(0.5), 16, depthwise=True)
     sizes = [n for _, n in counting.whole]
-    assert sum(sizes) == int(layers.sum())                      # no layer for a row that has left
-    assert sum(n != 16 for n in sizes) <= 6                     # at most one a step, once no row is left to fill it up
-    if pool_tokens == 1:
-        full = [n for n in sizes if n == 16]
-        assert sizes[:len(full)] == full
+    full = sizes.index(8)
+    assert sizes[:full] == [16] * full and sizes == sorted(sizes, reverse=True)
+    assert 300 * 16 > 16 * full > int(layers.sum()) - 16 * 6 and len(sizes) - full <= 6
 
 
 def test_depthwise_needs_shared_layers():
@@ -641,7 +612,7 @@ def test_evaluating_twice_is_bitwise_equal_and_padding_changes_nothing():
 @pytest.mark.parametrize("first_tokens", [1, 10**9])
 @pytest.mark.parametrize("encoder", [ALBERT_CONFIG, ROBERTA_CONFIG], ids=["albert", "roberta"])
 def test_early_exit_under_bf16_autocast_leaves_where_full_depth_does_but_for_a_few_rows(encoder, first_tokens, monkeypatch):
-    monkeypatch.setattr(Ponder, "first_tokens", first_tokens)
+    monkeypatch.setattr(fast, "FIRST_TOKENS", first_tokens)
     model, inputs = make(encoder=encoder), [(ids, [0] * len(ids)) for ids, _ in rows(64)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, lam = run_full(model, inputs)
@@ -1200,10 +1171,7 @@ def test_shared_is_true_only_where_every_layer_is_the_same_function():
 
 # ---- encoders: what the early exit relies on ----
 
-ONE_BLOCK = [config for config in ODD if getattr(config, "inner_group_num", 1) == 1]
-
-
-@pytest.mark.parametrize("config", ONE_BLOCK)
+@pytest.mark.parametrize("config", ODD)
 @pytest.mark.parametrize("T", [1, 2, 13])
 def test_first_and_finish_together_are_the_layer_whichever_rows_were_dropped(config, T):
     model = encoder(config)
@@ -1211,33 +1179,29 @@ def test_first_and_finish_together_are_the_layer_whichever_rows_were_dropped(con
     h = model.embed(ids, segments)
     for i in range(1, model.num_layers + 1):
         expected = model.layer(i, h, mask)
-        cls, kv = model.first(i, h, mask)
-        assert cls.shape == (7, 1, 24) and kv.shape[0] == 7
+        cls = model.first(i, h, mask)
+        assert cls.shape == (7, 1, 24)
         torch.testing.assert_close(model.pool(cls), model.pool(expected), atol=1e-6, rtol=0)
         for keep in (torch.ones(7).bool(), torch.arange(7) % 3 == 1, torch.arange(7) == 6, torch.zeros(7).bool()):
-            finished = model.finish(i, h[keep], mask[keep], cls[keep], kv[keep])
+            finished = model.finish(i, h[keep], mask[keep], cls[keep])
             torch.testing.assert_close(finished[mask[keep]], expected[keep][mask[keep]], atol=2e-6, rtol=0)
         h = expected
 
 
-@pytest.mark.parametrize("config", ONE_BLOCK)
+@pytest.mark.parametrize("config", ODD)
 def test_finish_packs_many_tokens_and_gives_the_layer_at_all_that_are_real(config):
     model = encoder(config)
     ids, mask, segments = random_batch(config, 30, 13)
     mask[::3, 5] = False                                            # holes too
     h = model.embed(ids, segments).detach().requires_grad_()
     assert not mask.all()
-    expected, (cls, kv) = model.layer(1, h, mask), model.first(1, h, mask)
-    finished = model.finish(1, h, mask, cls, kv)
+    expected, cls = model.layer(1, h, mask), model.first(1, h, mask)
+    finished = model.finish(1, h, mask, cls)
     torch.testing.assert_close(finished[mask], expected[mask], atol=2e-6, rtol=0)
     assert (finished[:, 1:][~mask[:, 1:]] == 0).all()
     weight = torch.randn(expected[mask].shape, generator=torch.Generator().manual_seed(0))
     want, got = (torch.autograd.grad((out[mask] * weight).sum(), h)[0] for out in (expected, finished))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-
-
-def test_an_encoder_with_inner_blocks_offers_no_first():
-    assert encoder(dataclasses.replace(SMALL_ALBERT, inner_group_num=2)).first is None
 
 
 @pytest.mark.parametrize("config", ODD)
