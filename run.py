@@ -53,8 +53,8 @@ def setting(default, allowed, meaning):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. The defaults are PALBERT's, as the paper and the released command for RTE
-    have them; METHODS and SCRATCH say what --method and a model from scratch change."""
+    """Everything that decides a run. The defaults are PALBERT's, as in the paper and the released command for
+    RTE; METHODS and SCRATCH say what --method and a model from scratch change."""
 
     task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
     model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
@@ -170,8 +170,8 @@ def choose_device(name=None):
     kind, _, number = name.partition(":")
     number = int(number or os.environ.get("LOCAL_RANK", 0))
     if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here, of "
-                         f"{torch.cuda.device_count()} GPUs; use another, or cpu; torchrun needs one a process")
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use cpu, "
+                         f"or one of {torch.cuda.device_count()} GPUs, of which torchrun needs one a process")
     if kind != "cuda":
         return torch.device(kind)
     torch.cuda.set_device(number)
@@ -232,8 +232,8 @@ def check(settings):
     if path.name not in sizes and not path.exists() and not Path(f"{path}.index").exists():
         raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(sizes)}")
     if path.name in bert.SIZES and settings.layers not in (None, sizes[path.name].num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: {path} has {sizes[path.name].num_hidden_layers}, and only "
-                         "a model whose layers share their weights (ALBERT) can run another number")
+        raise InputError(f"--layers {settings.layers}: only a model whose layers share their weights (ALBERT) can "
+                         f"run another number than it has, which is {sizes[path.name].num_hidden_layers} here")
 
 
 def model_type(path):
@@ -244,7 +244,7 @@ def model_type(path):
 
 
 def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run: its encoder is from scratch, another run's or published. Its config and
+    """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
     tokenizer are written to the folder."""
     source, config = Path(settings.model), albert.SIZES.get(settings.model)
     kind = model_type(source)
@@ -263,8 +263,8 @@ def make_model(settings, folder, examples):
         torch.manual_seed(settings.seed)
         encoder = encoder_class.from_pretrained(settings.model)
     if settings.max_length > encoder.max_length:
-        raise InputError(f"--max-length {settings.max_length}: {source} has positions for {encoder.max_length} "
-                         "tokens; use no more")
+        raise InputError(f"--max-length {settings.max_length}: {source} has positions for no more than "
+                         f"{encoder.max_length} tokens")
     model = make_ponder(encoder, settings, tokenizer, source)
     write_json(folder / "config.json", {"model_type": kind, **dataclasses.asdict(encoder.config)})
     tokenizer.save(folder)
@@ -272,12 +272,12 @@ def make_model(settings, folder, examples):
 
 
 def make_ponder(encoder, settings, tokenizer, source):
-    """The untrained Ponder of these settings around an encoder, which must have an embedding for each piece"""
+    """The untrained Ponder of these settings around an encoder, which must have an embedding for each token"""
     vocabulary = encoder.config.vocab_size
     lambda_layers = settings.lambda_layers if settings.has_lambda else 0
     if tokenizer.vocab_size > vocabulary:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the model embeddings "
-                         f"for {vocabulary}; take both from one model")
+        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the model embeddings for "
+                         f"{vocabulary}; take both from one model")
     try:
         return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
                       settings.lambda_input == "concat", settings.classifiers == "per_layer", settings.prior,
@@ -309,23 +309,23 @@ def fill(model, path, device):
 
 
 def compare_tensors(given, own, path):
-    """InputError unless the tensors `given` by a file have the names, shapes and dtypes of `own`, dicts by name."""
+    """InputError unless the tensors `given` by a file have the names, shapes and dtypes of `own`."""
     for name in [*own, *given]:
         ours, theirs = own.get(name), given.get(name)
         fit = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
         if not fit or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise InputError(f"{path}: its tensor {name} does not fit the run's config and settings; train again")
+            raise InputError(f"{path}: its tensor {name} does not fit the run's settings; train again")
 
 
 def load_run(folder, device=None):
-    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode on the
-    device (without one, the first that is there). InputError for a folder that is not whole."""
+    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode on
+    the device (None: the first that is there). InputError for a folder that is not whole."""
     folder = Path(folder)
     settings, values = read_run(folder)
     for name, digest in values.get("files", {}).items():
         if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that this run ended with (its sha256 differs); "
-                             "get a whole copy or train again")
+            raise InputError(f"{folder / name}: is not the file that the run ended with (its sha256 differs); get "
+                             "a whole copy or train again")
     tokenizer, model = open_run(folder, settings)
     device = choose_device() if device is None else device
     return settings, tokenizer, fill(model, folder / "model.safetensors", device).eval()
@@ -406,8 +406,8 @@ def read_split(settings, tokenizer, split):
 
 @torch.no_grad()
 def all_layers(model, inputs, batch_size=32, precision=None):
-    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From these
-    follow every q, every sample, the expectation and every histogram."""
+    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From
+    these follow every q, every sample, the expectation and every histogram."""
     device = next(model.parameters()).device
     order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
     with autocast(device, precision):
@@ -430,14 +430,14 @@ def predict_all(model, settings, criterion, inputs, batch_size):
 
 
 def check_finite(numbers, layers):
-    """InputError unless all of numbers (N,C), which are of layers (N,), are finite; else there is no score."""
+    """InputError unless all of numbers (N,C), which are of layers (N,), are finite: others have no score."""
     bad = layers[~numbers.isfinite().all(1)]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
 
 
 def make_rule(criterion, settings, L, draw=0):
-    """The exit rule of that name, of sampling one for each draw; the expectation reads every layer, as last does"""
+    """The exit rule of that name, of sampling one a draw; the expectation reads every layer, as last does"""
     if criterion == "q":
         return QExit(settings.q)
     if criterion == "sample":
@@ -466,7 +466,7 @@ def scores(task, outputs, labels):
 
 
 def mean_scores(criterion, settings, logits, lam, labels):
-    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the means over DRAWS fixed seeds"""
+    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the mean of DRAWS fixed seeds"""
     draws, metrics, mean_layer = DRAWS if criterion == "sample" else 1, {}, 0
     for draw in range(draws):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
@@ -494,7 +494,7 @@ def evaluate(model, settings, dev, exits):
     return results, p.tolist()
 
 
-THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # their settings
+THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # settings
 SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
           "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
           "learned": [n / 20 for n in range(20)]}
@@ -518,7 +518,7 @@ class Interrupted(Exception):
 
 
 def say(text, file=None):
-    """A line for the user, on stderr unless a file is given, from one of the processes that torchrun started"""
+    """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file or sys.stderr, flush=True)
 

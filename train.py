@@ -8,8 +8,8 @@
                   one run on two devices: one process's, but for other dropout
 
 A run is a folder under runs/: config.json, the tokenizer, model.safetensors
-(the best epoch), run.json (settings, origin, versions, results), metrics.jsonl,
-and resume.pt while it is unfinished.
+(of the best epoch), run.json (settings, origin, versions, results),
+metrics.jsonl, and resume.pt while it is unfinished.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -36,16 +37,17 @@ from checkpoint import InputError, atomic_write, read_torch, sha256_file, write_
 from fast import pad, upload
 from glue import buckets, load
 from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
-from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, autocast, changed_settings, check, choose_device,
-                 compare_tensors, describe, evaluate, fill, find_run, flag, get_task, make_model, make_settings,
-                 open_run, origin_of, read_run, read_split, run_main, run_name, say, write_json)
+from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, autocast, changed_settings, check,
+                 choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, get_task, make_model,
+                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name, say, write_json)
 
 try:
     import fcntl
 except ImportError:     # Windows, where a run is not locked
     fcntl = None
 
-GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}   # Table 4
+# Table 4
+GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
 GROUPS = {"task": "the run", "exit": "the method", "lr": "the training"}    # of flags, by the first of each
 LOG_EVERY = 50          # steps between two looks at the device, where the losses wait
 
@@ -65,27 +67,24 @@ def loss_of(settings, logits, lam, labels, prior):
 
 
 def make_optimizer(model, settings):
-    """Adam at a constant rate, without decay; the Lambda head has a rate of its own unless lambda_lr is None."""
+    """Adam at a constant rate, without decay; the Lambda head has its own rate unless lambda_lr is None."""
     own = set()
     if model.lambda_head is not None and settings.lambda_lr is not None:
         own = set(model.lambda_head.parameters())
-    groups = [{"params": [p for p in model.parameters() if p not in own], "lr": settings.lr}]
+    groups = [{"params": [p for p in model.parameters() if p not in own], "base": settings.lr}]
     if own:
-        groups.append({"params": [p for p in model.parameters() if p in own], "lr": settings.lambda_lr})
-    optimizer = torch.optim.Adam([group | {"base": group["lr"]} for group in groups], fused=True)
-    for p in model.parameters():    # as Adam's first step would, so that resume.pt has a place to go
+        groups.append({"params": [p for p in model.parameters() if p in own], "base": settings.lambda_lr})
+    optimizer = torch.optim.Adam(groups, fused=True)
+    for p in model.parameters():    # as Adam's first step would do, so that a resumed run finds all in its place
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
 def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, world=1):
-    """One step on a global batch, of which this process takes every world-th row -> {name: part of the loss ()}, this
-    process's share of it, left on the device.
-
-    The loss is summed over local rows and divided by the global batch, and gradients are summed, so any number of
-    processes gives one result but for dropout, which the seed, the step and the rank decide.
-    """
+    """One step on a global batch, of which this process takes every world-th row -> {name: its share of a part of
+    the loss ()}, left on the device. Losses and gradients are summed over processes, so any number of them gives
+    one result, but for dropout, which seed, step and rank decide."""
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + rank)
     parameters = list(model.parameters())
     device, rows = parameters[0].device, range(rank, len(inputs), world)
@@ -122,7 +121,7 @@ class Progress:
     position: int = 0       # batches of the next epoch that are done
     best_epoch: int = 0
     log_bytes: int = 0      # of metrics.jsonl, as far as it counts
-    best: float = float("-inf")
+    best: float = -math.inf
     seconds: float = 0.0
 
 
@@ -135,20 +134,18 @@ def state_of(model, optimizer):
 
 
 def read_resume(path, tensors, order, progress, most):
-    """Fill tensors, the generator and the progress from resume.pt, or raise InputError, before anything is changed, where
-    it does not fit; most: the greatest value of each counter."""
+    """Fill tensors, generator and progress from resume.pt. InputError, before anything is changed, where it does
+    not fit; most: the greatest value of each counter."""
     saved = read_torch(path)
     try:
         compare_tensors(saved["tensors"], tensors, path)
         torch.Generator().set_state(saved["order"])
-        for name, default in dataclasses.asdict(progress).items():
+        for name, default in vars(progress).items():
             value = saved["progress"][name]
-            if type(value) is not type(default) or not value <= most.get(name, value):
-                raise ValueError(f"{name} is {value}")
-            if type(value) is int and value < 0:
-                raise ValueError(f"{name} is {value}")
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: does not fit this run ({error}); delete it to start the run again") from None
+            if type(value) is not type(default) or (name in most and not 0 <= value <= most[name]):
+                raise KeyError(f"{name} of {value}")
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this run ({error}); delete it to begin again") from None
     for name, tensor in tensors.items():
         tensor.copy_(saved["tensors"][name])
     order.set_state(saved["order"].clone())
@@ -156,15 +153,15 @@ def read_resume(path, tensors, order, progress, most):
 
 
 class Log:
-    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it never waits
-    for the host. Only rank 0 has a file."""
+    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it never
+    waits for the host. Only rank 0 has a file."""
 
-    def __init__(self, file, settings, progress):
-        self.file, self.settings, self.progress, self.waiting = file, settings, progress, []
+    def __init__(self, file, progress):
+        self.file, self.progress, self.waiting = file, progress, []
         self.begun, self.before, self.started = progress.step, progress.seconds, time.time()
         if file is not None:
             if os.fstat(file.fileno()).st_size < progress.log_bytes:
-                raise InputError(f"{file.name}: is shorter than resume.pt says; put the whole file back or train again")
+                raise InputError(f"{file.name}: is shorter than resume.pt says; put the file back or train again")
             file.truncate(progress.log_bytes)
 
     def write(self, line):
@@ -180,12 +177,10 @@ class Log:
         for (line, rows, parts), numbers in zip(self.waiting, values.tolist()):
             parts = dict(zip(parts, numbers))
             self.write(line | parts)
-            if parts.get("kl") == float("inf"):
-                raise InputError(f"step {line['step']}: KL is infinite, for the prior {self.settings.prior} leaves some "
-                                 "layer no probability; try another --prior")
-            if not all(abs(number) < float("inf") for number in numbers):
-                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows {rows}; the "
-                                 "weights of the best epoch so far are kept; try a lower --lr")
+            if not all(map(math.isfinite, numbers)):
+                flags = "another --prior" if parts.get("kl") == math.inf else "a lower --lr"
+                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows {rows}; "
+                                 f"the weights of the best epoch so far are kept; try {flags}")
         self.waiting = []
         return parts
 
@@ -195,14 +190,14 @@ class Log:
         pace = (time.time() - self.started) / (step - self.begun)
         left = datetime.timedelta(seconds=round(pace * (total - step)))
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
-        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} steps/s, at "
-            f"most {left} to go")
+        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} steps/s, "
+            f"at most {left} to go")
 
 
 # ---- one run ----
 
 def on_rank_0(work):
-    """work() of rank 0, which alone decides; the other processes are told its result, or end where it fails."""
+    """work() of rank 0, which alone decides; the others are told its result, or end where it fails."""
     if not dist.is_initialized():
         return work()
     told = [None, False]
@@ -218,8 +213,8 @@ def on_rank_0(work):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and saved. What
-    is ignored, as SIGHUP under nohup, stays so."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and saved.
+    What is ignored, as SIGHUP under nohup, stays so."""
     caught, kept = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)    # Windows has no SIGHUP
@@ -240,12 +235,12 @@ class Training:
         self.settings, self.device = settings, choose_device(settings.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world > 1 and (self.device.type == "mps" or ":" in str(settings.device)):
-            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu for several processes, of "
-                             "which each takes a GPU of its own or its share of the CPU")
+            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu where torchrun starts "
+                             "several processes, each with a GPU of its own or its share of the CPU")
         self.folder, self.file, self.model, self.made = None, None, None, False
 
     def start(self, folder):
-        """Rank 0 alone: take the folder, and make the model of a run that begins -> (folder, results if finished)"""
+        """Rank 0 alone: take the folder; a run that begins gets its model -> (folder, results if finished)"""
         self.folder, self.file, self.made = take_folder(self.settings, folder)
         if (self.folder / "run.json").exists():
             values = read_run(self.folder)[1]
@@ -283,16 +278,17 @@ class Training:
         batches = -(-len(self.inputs) // settings.batch_size)
         self.total = min(settings.epochs * batches, settings.max_steps or 10**18)
         if resume.exists():
-            most = {"step": self.total, "epoch": settings.epochs, "best_epoch": settings.epochs, "position": batches}
+            most = {"step": self.total, "epoch": settings.epochs, "position": batches,
+                    "best_epoch": settings.epochs, "log_bytes": 10**18}
             read_resume(resume, state_of(self.model, self.optimizer), self.order, self.progress, most)
             say(f"going on from step {self.progress.step}")
         elif self.world > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
-        self.log = Log(self.file, settings, self.progress)
+        self.log = Log(self.file, self.progress)
 
     def save(self, shuffle):
-        """resume.pt, with all that decides the steps to come; shuffle: the order's state at the start of the epoch"""
+        """resume.pt, with all that decides the steps to come; shuffle: the order's state as the epoch began"""
         if self.rank == 0:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -307,8 +303,8 @@ class Training:
         batches = buckets([len(ids) for ids, _ in self.inputs], settings.batch_size, self.order)
         for batch in batches[progress.position:]:
             inputs, labels = [self.inputs[row] for row in batch], [self.labels[row] for row in batch]
-            parts = train_step(self.model, self.optimizer, settings, progress.step, inputs, labels, self.prior,
-                               self.rank, self.world)
+            parts = train_step(self.model, self.optimizer, settings, progress.step, inputs, labels,
+                               self.prior, self.rank, self.world)
             progress.step += 1
             progress.position += 1
             rates = dict(zip(("lr", "lambda_lr"), [group["lr"] for group in self.optimizer.param_groups]))
@@ -327,13 +323,13 @@ class Training:
             if due or stop:
                 self.save(shuffle)
             if stop:
-                raise Interrupted(f"stopped after step {progress.step} and saved; go on with: python train.py --resume "
-                                  + shlex.quote(str(self.folder)))
+                raise Interrupted(f"stopped after step {progress.step} and saved; go on with: "
+                                  f"python train.py --resume {shlex.quote(str(self.folder))}")
             if last:
                 break
 
     def judge(self):
-        """Rank 0 alone: the epoch's dev score; its weights are kept if they are the best -> (best score, its epoch)"""
+        """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
         settings, progress, criterion = self.settings, self.progress, self.settings.exit
         try:
             results, p = evaluate(self.model, settings, self.dev, (criterion,))
@@ -342,8 +338,8 @@ class Training:
         score, layer = results[criterion]["score"], results[criterion]["mean_layer"]
         self.log.write({"step": progress.step, "epoch": progress.epoch, "dev": results[criterion], "p": p})
         draws = f", mean of {DRAWS} draws," if criterion == "sample" else ""
-        say(f"epoch {progress.epoch}: dev {settings.task} {score:.1f} by {criterion} exit{draws} at layer {layer:.2f} of "
-            f"{self.model.num_layers}")
+        say(f"epoch {progress.epoch}: dev {settings.task} {score:.1f} by {criterion} exit{draws} at layer "
+            f"{layer:.2f} of {self.model.num_layers}")
         if score <= progress.best:
             return progress.best, progress.best_epoch
         write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
@@ -366,20 +362,20 @@ class Training:
         """Rank 0 alone: the results of the best epoch's weights, with which the run is finished"""
         fill(self.model, self.folder / "model.safetensors", self.device)
         results, _ = evaluate(self.model, self.settings, self.dev, self.settings.exits)
-        others = ("run.json", "metrics.jsonl", "resume.pt")
-        files = {path.name: sha256_file(path) for path in sorted(self.folder.iterdir()) if path.name not in others}
-        progress, values = self.progress, read_run(self.folder)[1]
-        write_json(self.folder / "run.json", values | {
-            "finished": True, "steps": progress.step, "epochs": progress.epoch, "best_epoch": progress.best_epoch,
-            "files": files, "dev": results})
+        values, progress = read_run(self.folder)[1], self.progress
+        kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
+        values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch, "dev": results,
+                   "best_epoch": progress.best_epoch,
+                   "files": {name: sha256_file(self.folder / name) for name in sorted(kept)}}
+        write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
-        say(f"the best epoch was {progress.best_epoch}; this is on dev, of its weights:")
+        say(f"the best epoch was {progress.best_epoch}, and with its weights:")
         return results
 
 
 def run(settings, folder=None):
-    """Train into the folder (without one, into a new one), go on where it was stopped, or do nothing if the run in it is
-    finished -> its results on dev by exit"""
+    """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is finished
+    -> the results on dev by exit"""
     training = Training(settings)
     try:
         folder, results = on_rank_0(lambda: training.start(folder))
@@ -407,8 +403,8 @@ def folders(settings):
 
 
 def take_folder(settings, folder):
-    """(folder, its metrics.jsonl, whether it is new): the given one, or the first of its names that is free. The file is
-    opened and locked, for a run has one writer: InputError where another process has it."""
+    """(folder, its metrics.jsonl, whether it is new) of the given folder, or of the first name that is free. A run
+    has one writer: the file is opened and locked, and InputError says that another process has it."""
     made = False
     for path in folders(settings) if folder is None else [folder]:
         with contextlib.suppress(FileExistsError):
@@ -421,41 +417,39 @@ def take_folder(settings, folder):
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise InputError(f"{path}: another process trains this run; wait for it or give another --name") from None
+        raise InputError(f"{path}: another process trains it; wait for that or give another --name") from None
     except OSError:                             # a file system without locks
         pass
     return path, file, made
 
 
 def find_own(settings, origin, name=None):
-    """(folder, its results on dev if it is finished) of the run of these settings and origin: of that name, else the
-    first of its names that has it or is free. InputError where another run has the name."""
+    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name, else
+    the first of its names that holds it or is free. InputError where the name is another run's."""
     for folder in folders(settings) if name is None else [RUNS / name]:
         if not (folder / "run.json").exists():
             return folder, None
         before, values = read_run(folder)
-        place = {key: getattr(settings, key) for key in PLACE}
-        if dataclasses.replace(before, **place) == settings and all(values.get(key) == origin[key] for key in origin):
+        before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
+        if before == settings and {key: values.get(key) for key in origin} == origin:
             return folder, values["dev"] if values.get("finished") else None
-    raise InputError(f"{folder} holds a run with other settings, data or model; give another --name, or delete it")
+    raise InputError(f"{folder} holds a run with other settings, data or model; delete it or give another --name")
 
 
 def find_stopped(name):
-    """(folder, settings) of a run to go on with. InputError if its task's files are no longer those it began with."""
+    """(folder, settings) of a run to go on with. InputError if the files of its task have changed."""
     folder = find_run(name, unfinished=True)
     settings, values = read_run(folder)
     if not values.get("finished") and origin_of(settings)["data"] != values.get("data"):
-        raise InputError(f"{folder}: the task's files are no longer those that the run began with; put them back, or "
-                         "train anew")
+        raise InputError(f"{folder}: the task's files have changed since it began; put them back or train anew")
     return folder, settings
 
 
 # ---- the paper's protocol ----
 
 def train_all(runs, origin, dry_run):
-    """Train those of the runs that are not finished -> the dev scores of all by their own exit; after a dry run, which
-    prints the commands that are left, of the finished ones."""
+    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run prints
+    their commands instead -> the scores of the others"""
     scores = []
     for settings in runs:
         folder, results = on_rank_0(lambda: find_own(settings, origin))
@@ -478,12 +472,13 @@ def command(settings, name):
 
 
 def protocol(settings, seeds, grid, dry_run):
-    """The grid of Table 4, then that many seeds of its best settings by dev score, none of which the grid has seen. What
-    is finished is skipped; with dry_run the commands that are left are printed, the grid's and then the seeds'."""
+    """The grid of Table 4, then that many seeds of its best settings by dev score, none of which the grid has
+    seen. What is finished is skipped; a dry run prints the commands that are left, the grid's, then the seeds'."""
     origin, first = on_rank_0(lambda: origin_of(settings)), settings.seed
     if grid:
         axes = {name: values for name, values in GRID.items() if getattr(settings, name) is not None}
-        runs = [dataclasses.replace(settings, **dict(zip(axes, point))) for point in itertools.product(*axes.values())]
+        points = [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+        runs = [dataclasses.replace(settings, **point) for point in points]
         scores = train_all(runs, origin, dry_run)
         if len(scores) < len(runs):
             return
@@ -493,9 +488,9 @@ def protocol(settings, seeds, grid, dry_run):
     scores = train_all([dataclasses.replace(settings, seed=first + n) for n in range(seeds)], origin, dry_run)
     if seeds and len(scores) == seeds:
         std = statistics.stdev(scores) if seeds > 1 else 0
-        say(f"{settings.task} {settings.method} by {settings.exit}: mean {statistics.mean(scores):.2f} ± {std:.2f}, median "
-            f"{statistics.median(scores):.2f} over {seeds} seeds from {first} on "
-            f"({', '.join(f'{score:.2f}' for score in scores)})", sys.stdout)
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        say(f"{settings.task} {settings.method} by {settings.exit}: mean {statistics.mean(scores):.2f} ± {std:.2f}, "
+            f"median {statistics.median(scores):.2f} over {seeds} seeds from {first} ({each})", sys.stdout)
 
 
 # ---- the command ----
@@ -505,16 +500,18 @@ def make_parser():
     for field in dataclasses.fields(Settings):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
-        words = f": {', '.join(field.metadata['allowed'])}" if field.type is str and field.metadata["allowed"] else ""
-        default = f" [{field.default}]" if field.default is not None else ""
-        group.add_argument(flag(field.name), default=argparse.SUPPRESS, metavar=field.type.__name__,
-                           help=field.metadata["meaning"] + words + default)
+        allowed, meaning = field.metadata["allowed"], field.metadata["meaning"]
+        if field.type is str and allowed is not None:
+            meaning += ": " + ", ".join(allowed)
+        if field.default is not None:
+            meaning += f" [{field.default}]"
+        group.add_argument(flag(field.name), default=argparse.SUPPRESS, metavar=field.type.__name__, help=meaning)
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
-    group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run [the newest unfinished]")
+    group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest unfinished]")
     group.add_argument("--seeds", metavar="N", help="train N seeds; prints mean, std and median")
-    group.add_argument("--grid", action="store_true", help="search Table 4's grid first, for its best settings")
-    group.add_argument("--dry-run", action="store_true", help="with these two: print the commands that are left")
+    group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best settings")
+    group.add_argument("--dry-run", action="store_true", help="with these: print the commands that are left")
     return parser
 
 
@@ -530,7 +527,8 @@ def typed(kind, text):
 
 def main(argv=None):
     flags = vars(make_parser().parse_args(argv))
-    name, resume, seeds, grid, dry_run = (flags.pop(key) for key in ("name", "resume", "seeds", "grid", "dry_run"))
+    name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
+    grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
     types = {field.name: field.type for field in dataclasses.fields(Settings)}
     settings = make_settings(**{key: typed(types[key], text) for key, text in flags.items()})
     if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
