@@ -178,7 +178,7 @@ class Log:
             parts = dict(zip(parts, numbers))
             self.write(line | parts)
             if not all(map(math.isfinite, numbers)):
-                flags = "another --prior" if parts.get("kl") == math.inf else "a lower --lr"
+                flags = "another --prior" if math.isinf(parts.get("kl", 0)) else "a lower --lr"
                 raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows {rows}; "
                                  f"the weights of the best epoch so far are kept; try {flags}")
         self.waiting = []
