@@ -29,7 +29,7 @@ import torch
 
 import paper
 from checkpoint import InputError, atomic_write
-from glue import SUBMISSION, load, read_inputs, write_submission
+from glue import SUBMISSION, answers, load, read_inputs, write_submission
 from ponder import exit_distribution
 from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
                  device_name, find_run, flag, get_task, load_run, make_rule, make_settings, predict_all,
@@ -183,7 +183,7 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
               f"{'  <- exit' if i + 1 == layer else ''}")
 
 
-def answers(model, settings, inputs, criterion, batch_size):
+def predict_rows(model, settings, inputs, criterion, batch_size):
     """Early exit for real, or every layer for the expectation: outputs (N,C), layers (N,)"""
     if criterion == "expectation":
         return apply_exit(criterion, settings, *all_layers(model, inputs, batch_size, settings.precision))
@@ -200,7 +200,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
         while chunk := list(itertools.islice(rows, CHUNK)):
             inputs = tokenizer.encode_all(chunk, settings.max_length)
             drawn = dataclasses.replace(settings, seed=settings.seed + done)    # sampling draws anew
-            outputs, layers = answers(model, drawn, inputs, criterion, batch_size)
+            outputs, layers = predict_rows(model, drawn, inputs, criterion, batch_size)
             for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
             done += len(chunk)
@@ -223,7 +223,7 @@ def submit(path, root, method, model, device, batch_size, changed):
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
         raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found "
-                         f"those with {', '.join(best) or 'no model'}; train them, or give --method and --model")
+                         f"those with {', '.join(best) or 'none'}; train them, or give --method and --model")
     jobs = []
     for task, run in best[name].items():
         keys = [key for key in SUBMISSION.values() if key[0] == task or (task == "mnli" and key[0] == "ax")]
@@ -235,8 +235,8 @@ def submit(path, root, method, model, device, batch_size, changed):
         settings = dataclasses.replace(settings, **changed)
         for key, examples in files.items():
             inputs = tokenizer.encode_all(examples, settings.max_length)
-            outputs, _ = answers(model, settings, inputs, settings.exit, batch_size)
-            predictions[key] = (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).numpy()
+            outputs, _ = predict_rows(model, settings, inputs, settings.exit, batch_size)
+            predictions[key] = answers(outputs)
     missing = ", ".join(write_submission(path, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 

@@ -1613,7 +1613,7 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
     said = capsys.readouterr()
     assert "for want of a run: SST-2.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, RTE.tsv, WNLI.tsv" in said.out
     assert "runs/cola--seed1, dev 61.0 by q" in said.err and "finetune" not in said.err
-    check_submission("glue.zip", ["CoLA.tsv", "STS-B.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"])
+    check_submission("glue.zip", ["CoLA", "STS-B", "MNLI-m", "MNLI-mm", "AX"])
 
 
 @pytest.mark.parametrize("method", CRITERIA)
