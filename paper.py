@@ -60,11 +60,11 @@ def exit_result(criterion, settings, logits, lam, labels, split):
         metrics, _ = mean_scores(criterion, settings, logits, lam, labels)
     for draw in range(DRAWS):
         _, layers = apply_exit(criterion, settings, logits, lam, draw)
-        shares.append(torch.bincount(layers, minlength=L + 1)[1:] / len(layers))
+        shares.append(torch.bincount(layers, minlength=L + 1)[1:].double() / len(layers))
         order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(draw))
         outputs = at_layers(logits, layers[order])
         dealt.append(scores(settings.task, outputs, labels)["score"] if labelled else None)
-    histogram = torch.stack(shares).double().mean(0)
+    histogram = torch.stack(shares).mean(0)
     mean_layer = (histogram * torch.arange(1, L + 1)).sum().item()
     return {"score": metrics.pop("score"), "metrics": {split: metrics}, "mean_layer": mean_layer,
             "histogram": histogram.tolist(), "dealt": mean_of(dealt)}
@@ -428,15 +428,15 @@ def plot_negations(pyplot, found, read):
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for n, row in zip(counts, mean):                        # thinner ones lie above: no line hides another
         left.plot(range(1, L + 1), row[:L], color=COLOURS[n], marker=MARKERS[n], markersize=10 - 2 * n,
-                  linewidth=5 - 1.2 * n, label=f"{n} negations")
+                  linewidth=5 - 1.2 * n, label=n)
     left.axhline(seeds[0].settings.q, color="black", linewidth=1, linestyle="--", label="q")
     left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=f"n = {len(seeds)} seeds")
-    left.legend(frameon=False)
-    middle.bar_label(middle.bar(counts, [row[L] for row in mean]), fmt="%.2f")
+    left.legend(frameon=False, title="negations")
+    middle.bar_label(middle.bar(counts, [row[L] for row in mean], color=COLOURS), fmt="%.2f")
     middle.set(xlabel="nested negations", ylabel="mean exit layer", xticks=counts)
-    for shift, column, label in ((-0.2, L + 1, "at the exit"), (0.2, L + 2, "layer 1")):
-        bars = right.bar([n + shift for n in counts], [row[column] for row in mean], 0.4, label=label)
-        right.bar_label(bars, fmt="%.0f", fontsize=8)
+    for shift, column, label, grey in ((-0.2, L + 1, "at the exit", "0.4"), (0.2, L + 2, "layer 1", "0.75")):
+        places, heights = [n + shift for n in counts], [row[column] for row in mean]
+        right.bar_label(right.bar(places, heights, 0.4, label=label, color=grey), fmt="%.0f", fontsize=8)
     right.set(xlabel="nested negations", ylabel="accuracy (%)", xticks=counts, ylim=(0, 125))
     right.legend(frameon=False, ncols=2, loc="upper center")
     return figure
@@ -475,7 +475,7 @@ def flops(model, operations, work):
     return operations * calls / statistics.median(rounds)
 
 
-def print_flops(model, B, T, dtype):
+def flops_of_layer(model, B, T, dtype):
     """What one layer on (B,T) reaches, beside the best product that the device gives in the dtype"""
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
     new = functools.partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
@@ -484,8 +484,8 @@ def print_flops(model, B, T, dtype):
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
         x, w = new(m, k), new(k, n)
         best = max(best, flops(model, 2 * m * k * n, lambda: x @ w))
-    print(f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best product's "
-          f"{best / 1e9:.0f}")
+    reached = f"{layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best product's {best / 1e9:.0f}"
+    return f"one layer on {B} x {T}: {reached}"
 
 
 @torch.no_grad()
@@ -512,8 +512,8 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
         print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, exit by {criterion} at "
               f"{mean_layer:.2f} of {L}; PyTorch {torch.__version__}, {device_name(device)}, {dtype}")
-        print_flops(model, 32, round(length), dtype)
-        print_table("", ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
+        print_table(flops_of_layer(model, 32, round(length), dtype),
+                    ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
         for batch_size in (1, 8, 32, 128):
             ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
                     "rows dropped": lambda: early(batch_size, first_tokens=10**9),

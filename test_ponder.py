@@ -1578,9 +1578,11 @@ LABELS = {"CoLA": ("label", "01"), "MRPC": ("Quality", "01"), "STS-B": ("score",
 
 
 def glue_folder(folder, sizes):
-    """A --data-dir with small made-up train and dev files, and test files of sizes {(folder, split): rows}"""
+    """A --data-dir with small made-up train and dev files, and test files of sizes [(folder or file, rows)]"""
     draw = random.Random(0)
-    for (task, test), test_rows in sizes.items():
+    for name, test_rows in sizes:
+        task, _, test = name.partition("/")
+        test = test or "test"
         (folder / task).mkdir(parents=True, exist_ok=True)
         columns, (label, words) = HEADERS.get(task, ["sentence1", "sentence2"]), LABELS[task]
         for split, n in (("train", 64), (test.replace("test", "dev"), 24), (test, test_rows)):
@@ -1597,8 +1599,8 @@ def glue_folder(folder, sizes):
 
 
 def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, capsys):
-    glue_folder(here / "glue", {("CoLA", "test"): 1063, ("STS-B", "test"): 1379,
-                                ("MNLI", "test_matched"): 9796, ("MNLI", "test_mismatched"): 9847})
+    glue_folder(here / "glue", [("CoLA", 1063), ("STS-B", 1379), ("MNLI/test_matched", 9796),
+                                ("MNLI/test_mismatched", 9847)])
     (here / "glue" / "AX.tsv").write_text("index\tsentence1\tsentence2\n" + "0\ta dog\ta cat\n" * 1104)
     small = ["--model", "tiny", "--data-dir", "glue", "--max-length", "12", "--epochs", "1", *QUICK[2:]]
     for flags in (["cola"], ["cola", "--seed", "1"], ["mnli"], ["stsb"], ["cola", "--method", "finetune"]):
@@ -1618,7 +1620,7 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
 
 @pytest.mark.parametrize("method", CRITERIA)
 def test_regression_trains_evaluates_sweeps_explains_and_answers_by_every_method(method, here, capsys):
-    glue_folder(here / "glue", {("STS-B", "test"): 5})
+    glue_folder(here / "glue", [("STS-B", 5)])
     train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--epochs", "1",
                 "--method", method, *QUICK[2:]])
     result = json.loads(asked(capsys, "--json"))
