@@ -81,13 +81,11 @@ def study(settings, splits):
         dev, sweep, L = {}, {}, lam.shape[1]
         for criterion in settings.exits:
             dev[criterion] = exit_result(criterion, settings, logits, lam, labels, split)
-            rows = []
             for value in SWEEPS.get(criterion, ()):
                 changed = dataclasses.replace(settings, **{THRESHOLDS[criterion]: value})
-                row = exit_result(criterion, changed, logits, lam, labels, split)
-                row = {name: row[name] for name in ("score", "mean_layer", "dealt")}
-                rows.append({criterion: value, "speed_up": L / row["mean_layer"], **row})
-            sweep[criterion] = rows
+                result = exit_result(criterion, changed, logits, lam, labels, split)
+                row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
+                sweep.setdefault(criterion, []).append({criterion: value, "speed_up": L / row["mean_layer"], **row})
         best = oracle_layers(logits, labels)
         oracle = {"score": scores(settings.task, at_layers(logits, best), labels)["score"],
                   "mean_layer": best.double().mean().item()}
@@ -103,13 +101,8 @@ FREE = ("task", "model", "seed", "lr", "lambda_lr", "batch_size", "epochs", "sto
         "warmup", "dropout", "max_length", "data_dir", "device", "precision", "save_every")
 
 
-class Run(namedtuple("Run", "folder settings encoder study made_of")):
-    """A finished run: its settings, its encoder's kind, its study(), and the sha256 of its data and model"""
-
-    @property
-    def score(self):
-        """The dev score by the run's own exit"""
-        return self.study["dev"][self.settings.exit]["score"]
+# A finished run. score: on dev by its own exit; one_set: what the seeds of one set of settings have in common.
+Run = namedtuple("Run", "folder settings encoder study score one_set")
 
 
 def read_result(path):
@@ -118,32 +111,25 @@ def read_result(path):
     settings = make_settings(**values["settings"])
     if not values["finished"] or settings.max_steps is not None:
         return None
-    config = path.parent / "config.json"
-    encoder = values.get("encoder") or read_json(config).get("model_type", "albert")
-    results = {name: values[name] for name in ("dev", "by_layer", "oracle", "sweep")}
-    made_of = json.dumps([values.get("data"), values.get("model")], sort_keys=True)
-    run = Run(path.parent, settings, encoder, results, made_of)
-    return run if abs(run.score) <= 100 else None
-
-
-def same_but_seed(run, seed=0):
-    """What the seeds of one set of settings have in common: the settings, the data, the model's weights"""
-    return dataclasses.replace(run.settings, seed=seed, **dict.fromkeys(PLACE)), run.made_of
+    study = {name: values[name] for name in ("dev", "by_layer", "oracle", "sweep")}
+    data = json.dumps([values.get("data"), values.get("model")], sort_keys=True)        # their sha256
+    one_set = dataclasses.replace(settings, seed=0, **dict.fromkeys(PLACE)), data
+    score = float(study["dev"][settings.exit]["score"])
+    return Run(path.parent, settings, values["encoder"], study, score, one_set)
 
 
 def finished_runs(root):
     """The Runs of root/*/run.json and root/*.json, of equal settings the newest; what is damaged is named on
     stderr and passed over."""
-    runs = {}
-    paths = [*root.glob("*/run.json"), *root.glob("*.json")]
+    runs, paths = {}, [*root.glob("*/run.json"), *root.glob("*.json")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
             run = read_result(path)
-        except (InputError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             say(f"passed over {path}, which is not what train.py writes: {type(error).__name__} {error}")
             continue
         if run:
-            runs[same_but_seed(run, run.settings.seed)] = run
+            runs[run.one_set, run.settings.seed] = run
     return list(runs.values())
 
 
@@ -159,7 +145,7 @@ def cells(runs):
     sets = {}
     for run in runs:
         key = run.settings.task, Path(run.settings.model).name, system_of(run.settings)
-        sets.setdefault(key, {}).setdefault(same_but_seed(run), []).append(run)
+        sets.setdefault(key, {}).setdefault(run.one_set, []).append(run)
 
     def rank(seeds):
         return len(seeds), statistics.mean(run.score for run in seeds)

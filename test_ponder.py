@@ -1578,7 +1578,7 @@ LABELS = {"CoLA": ("label", "01"), "MRPC": ("Quality", "01"), "STS-B": ("score",
 
 
 def glue_folder(folder, sizes):
-    """A --data-dir with small made-up train and dev files, and test files of sizes [(folder or file, rows)]"""
+    """A --data-dir with made-up train and dev files, and test files of sizes [(folder or file, rows)]"""
     draw = random.Random(0)
     for name, test_rows in sizes:
         task, _, test = name.partition("/")
