@@ -20,7 +20,7 @@ import albert
 import bert
 from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
 from fast import pad
-from glue import TASKS, buckets, load, score, sources
+from glue import answers, buckets, get_task, load, score, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
                     exit_distribution, exit_layers, expected_prediction)
 from text import load_tokenizer, train_tokenizer
@@ -170,8 +170,8 @@ def choose_device(name=None):
     kind, _, number = name.partition(":")
     number = int(number or os.environ.get("LOCAL_RANK", 0))
     if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use cpu, "
-                         f"or one of {torch.cuda.device_count()} GPUs, of which torchrun needs one a process")
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use "
+                         f"cpu or one of {torch.cuda.device_count()} GPUs, of which torchrun needs one a process")
     if kind != "cuda":
         return torch.device(kind)
     torch.cuda.set_device(number)
@@ -212,35 +212,32 @@ def timed(model, work):
 
 # ---- the model of a run ----
 
-ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "roberta": (bert.Roberta, bert.RobertaConfig)}
-
-
-def get_task(name):
-    if name not in TASKS:
-        raise InputError(f"--task {name}: the tasks are {', '.join(TASKS)}")
-    return TASKS[name]
+ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "bert": (bert.Bert, bert.BertConfig),
+            "roberta": (bert.Roberta, bert.RobertaConfig)}     # by the model_type in config.json
+SIZES = {**albert.SIZES, **bert.SIZES}
 
 
 def check(settings):
     """InputError for what can be known to be wrong before anything is loaded or fetched."""
-    task, path, sizes = get_task(settings.task), Path(settings.model), {**albert.SIZES, **bert.SIZES}
-    if "train" not in task.splits:
-        raise InputError(f"--task {task.name}: it has no training set; choose another")
-    if settings.exit not in settings.exits:
-        others = " or ".join(settings.exits)
-        raise InputError(f"--exit {settings.exit}: {settings.method} on {task.name} exits by {others}")
-    if path.name not in sizes and not path.exists() and not Path(f"{path}.index").exists():
-        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(sizes)}")
-    if path.name in bert.SIZES and settings.layers not in (None, sizes[path.name].num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: only a model whose layers share their weights (ALBERT) can "
-                         f"run another number than it has, which is {sizes[path.name].num_hidden_layers} here")
+    path, exits = Path(settings.model), settings.exits
+    size = SIZES.get(path.name)
+    if "train" not in get_task(settings.task).splits:
+        raise InputError(f"--task {settings.task}: it has no training set; choose another")
+    if settings.exit not in exits:
+        raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
+                         + " or ".join(exits))
+    if size is None and not path.exists() and not Path(f"{path}.index").exists():
+        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(SIZES)}")
+    if path.name in bert.SIZES and settings.layers not in (None, size.num_hidden_layers):
+        raise InputError(f"--layers {settings.layers}: {path} has {size.num_hidden_layers}, and only a model "
+                         "whose layers share their weights (ALBERT) can run another number")
 
 
 def model_type(path):
-    """What a folder's config.json, or a published name, says: a key of ENCODERS"""
+    """What a published name, or a folder's config.json, stands for: a key of ENCODERS"""
     if (path / "config.json").exists():
         return read_json(path / "config.json").get("model_type", "albert")
-    return "roberta" if path.name in bert.SIZES else "albert"
+    return bert.SIZES[path.name].model_type if path.name in bert.SIZES else "albert"
 
 
 def make_model(settings, folder, examples):
@@ -259,7 +256,7 @@ def make_model(settings, folder, examples):
         _, tokenizer, model = load_run(source, torch.device("cpu"))
         encoder = model.encoder
     else:
-        tokenizer = load_tokenizer((bert if kind == "roberta" else albert).fetch(settings.model))
+        tokenizer = load_tokenizer((albert if kind == "albert" else bert).fetch(settings.model))
         torch.manual_seed(settings.seed)
         encoder = encoder_class.from_pretrained(settings.model)
     if settings.max_length > encoder.max_length:
@@ -272,12 +269,12 @@ def make_model(settings, folder, examples):
 
 
 def make_ponder(encoder, settings, tokenizer, source):
-    """The untrained Ponder of these settings around an encoder, which must have an embedding for each token"""
+    """The untrained Ponder of these settings around an encoder that has an embedding for each token"""
     vocabulary = encoder.config.vocab_size
     lambda_layers = settings.lambda_layers if settings.has_lambda else 0
     if tokenizer.vocab_size > vocabulary:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the model embeddings for "
-                         f"{vocabulary}; take both from one model")
+        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, the model embeddings "
+                         f"for {vocabulary}; take both from one model")
     try:
         return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
                       settings.lambda_input == "concat", settings.classifiers == "per_layer", settings.prior,
@@ -318,14 +315,14 @@ def compare_tensors(given, own, path):
 
 
 def load_run(folder, device=None):
-    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode on
-    the device (None: the first that is there). InputError for a folder that is not whole."""
+    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode
+    on the device (None: the first that is there). InputError for a folder that is not whole."""
     folder = Path(folder)
     settings, values = read_run(folder)
     for name, digest in values.get("files", {}).items():
         if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that the run ended with (its sha256 differs); get "
-                             "a whole copy or train again")
+            raise InputError(f"{folder / name}: is not the file that the run ended with, by its sha256; "
+                             "get a whole copy or train again")
     tokenizer, model = open_run(folder, settings)
     device = choose_device() if device is None else device
     return settings, tokenizer, fill(model, folder / "model.safetensors", device).eval()
@@ -460,13 +457,12 @@ def apply_exit(criterion, settings, logits, lam, draw=0):
 
 
 def scores(task, outputs, labels):
-    """GLUE metrics of predictions (N,C) against labels: classes by argmax, values as they are"""
-    predictions = outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)
-    return score(task, predictions.numpy(), labels)
+    """GLUE metrics of outputs (N,C) against labels"""
+    return score(task, answers(outputs), labels)
 
 
 def mean_scores(criterion, settings, logits, lam, labels):
-    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the mean of DRAWS fixed seeds"""
+    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the mean of DRAWS draws"""
     draws, metrics, mean_layer = DRAWS if criterion == "sample" else 1, {}, 0
     for draw in range(draws):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)

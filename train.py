@@ -1,7 +1,7 @@
 """Fine-tune PALBERT and the systems that the paper compares it with.
 
-    python train.py                              parity, from scratch, no download
-    python train.py --task mrpc --device cuda    the paper's settings on MRPC
+    python train.py                            parity, from scratch, no download
+    python train.py --task mrpc --device cuda  the paper's settings on MRPC
     python train.py --task mrpc --grid --seeds 5
                   the paper's protocol: Table 4's grid, then 5 fresh seeds
     torchrun --nproc-per-node 2 train.py --task mrpc
@@ -13,6 +13,7 @@ metrics.jsonl, and resume.pt while it is unfinished.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -38,8 +39,9 @@ from fast import pad, upload
 from glue import buckets, load
 from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, autocast, changed_settings, check,
-                 choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, get_task, make_model,
-                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name, say, write_json)
+                 choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
+                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name, say, splits_of,
+                 write_json)
 
 try:
     import fcntl
@@ -75,16 +77,16 @@ def make_optimizer(model, settings):
     if own:
         groups.append({"params": [p for p in model.parameters() if p in own], "base": settings.lambda_lr})
     optimizer = torch.optim.Adam(groups, fused=True)
-    for p in model.parameters():    # as Adam's first step would do, so that a resumed run finds all in its place
+    for p in model.parameters():    # as Adam's first step would do; so what is resumed has its place
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
 def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, world=1):
-    """One step on a global batch, of which this process takes every world-th row -> {name: its share of a part of
-    the loss ()}, left on the device. Losses and gradients are summed over processes, so any number of them gives
-    one result, but for dropout, which seed, step and rank decide."""
+    """One step on a global batch, of which this process takes every world-th row -> {part of the loss: this
+    process's share ()}, on the device. Losses and gradients are summed over processes, so any number of them
+    gives one result, but for dropout, which seed, step and rank decide."""
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + rank)
     parameters = list(model.parameters())
     device, rows = parameters[0].device, range(rank, len(inputs), world)
@@ -134,8 +136,8 @@ def state_of(model, optimizer):
 
 
 def read_resume(path, tensors, order, progress, most):
-    """Fill tensors, generator and progress from resume.pt. InputError, before anything is changed, where it does
-    not fit; most: the greatest value of each counter."""
+    """Fill tensors, generator and progress from resume.pt. InputError, before anything is changed, where it
+    does not fit; most: the greatest value of each counter."""
     saved = read_torch(path)
     try:
         compare_tensors(saved["tensors"], tensors, path)
@@ -153,15 +155,15 @@ def read_resume(path, tensors, order, progress, most):
 
 
 class Log:
-    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it never
-    waits for the host. Only rank 0 has a file."""
+    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it
+    never waits for the host. Only rank 0 has a file."""
 
     def __init__(self, file, progress):
         self.file, self.progress, self.waiting = file, progress, []
         self.begun, self.before, self.started = progress.step, progress.seconds, time.time()
         if file is not None:
             if os.fstat(file.fileno()).st_size < progress.log_bytes:
-                raise InputError(f"{file.name}: is shorter than resume.pt says; put the file back or train again")
+                raise InputError(f"{file.name}: is shorter than resume.pt says; put it back or train again")
             file.truncate(progress.log_bytes)
 
     def write(self, line):
@@ -179,8 +181,8 @@ class Log:
             self.write(line | parts)
             if not all(map(math.isfinite, numbers)):
                 flags = "another --prior" if math.isinf(parts.get("kl", 0)) else "a lower --lr"
-                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows {rows}; "
-                                 f"the weights of the best epoch so far are kept; try {flags}")
+                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows "
+                                 f"{rows}; the weights of the best epoch so far are kept; try {flags}")
         self.waiting = []
         return parts
 
@@ -190,8 +192,8 @@ class Log:
         pace = (time.time() - self.started) / (step - self.begun)
         left = datetime.timedelta(seconds=round(pace * (total - step)))
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
-        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} steps/s, "
-            f"at most {left} to go")
+        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} "
+            f"steps/s, at most {left} to go")
 
 
 # ---- one run ----
@@ -213,8 +215,8 @@ def on_rank_0(work):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and saved.
-    What is ignored, as SIGHUP under nohup, stays so."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and
+    saved. What is ignored, as SIGHUP under nohup, stays so."""
     caught, kept = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)    # Windows has no SIGHUP
@@ -235,8 +237,8 @@ class Training:
         self.settings, self.device = settings, choose_device(settings.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world > 1 and (self.device.type == "mps" or ":" in str(settings.device)):
-            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu where torchrun starts "
-                             "several processes, each with a GPU of its own or its share of the CPU")
+            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu where torchrun "
+                             "starts processes, each with a GPU of its own or a share of the CPU")
         self.folder, self.file, self.model, self.made = None, None, None, False
 
     def start(self, folder):
@@ -272,7 +274,7 @@ class Training:
         self.optimizer = make_optimizer(self.model, settings)
         self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
         self.inputs, self.labels = read_split(settings, self.tokenizer, "train")
-        splits = get_task(settings.task).dev_splits
+        splits = splits_of(settings.task, "dev")
         self.dev = {split: read_split(settings, self.tokenizer, split) for split in splits}
         self.order, self.progress = torch.Generator().manual_seed(settings.seed), Progress()
         batches = -(-len(self.inputs) // settings.batch_size)
@@ -288,7 +290,7 @@ class Training:
         self.log = Log(self.file, self.progress)
 
     def save(self, shuffle):
-        """resume.pt, with all that decides the steps to come; shuffle: the order's state as the epoch began"""
+        """resume.pt, with all that decides the steps to come; shuffle: order's state as the epoch began"""
         if self.rank == 0:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -374,8 +376,8 @@ class Training:
 
 
 def run(settings, folder=None):
-    """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is finished
-    -> the results on dev by exit"""
+    """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
+    finished -> the results on dev by exit"""
     training = Training(settings)
     try:
         folder, results = on_rank_0(lambda: training.start(folder))
@@ -403,8 +405,8 @@ def folders(settings):
 
 
 def take_folder(settings, folder):
-    """(folder, its metrics.jsonl, whether it is new) of the given folder, or of the first name that is free. A run
-    has one writer: the file is opened and locked, and InputError says that another process has it."""
+    """(folder, its metrics.jsonl, whether it is new) of the given folder, or of the first name that is free.
+    A run has one writer: the file is locked while it is open; InputError where another process has it."""
     made = False
     for path in folders(settings) if folder is None else [folder]:
         with contextlib.suppress(FileExistsError):
@@ -424,8 +426,8 @@ def take_folder(settings, folder):
 
 
 def find_own(settings, origin, name=None):
-    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name, else
-    the first of its names that holds it or is free. InputError where the name is another run's."""
+    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name,
+    or the first of its names that holds it or is free. InputError where the name is another run's."""
     for folder in folders(settings) if name is None else [RUNS / name]:
         if not (folder / "run.json").exists():
             return folder, None
@@ -433,7 +435,7 @@ def find_own(settings, origin, name=None):
         before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
         if before == settings and {key: values.get(key) for key in origin} == origin:
             return folder, values["dev"] if values.get("finished") else None
-    raise InputError(f"{folder} holds a run with other settings, data or model; delete it or give another --name")
+    raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
 
 
 def find_stopped(name):
@@ -448,8 +450,8 @@ def find_stopped(name):
 # ---- the paper's protocol ----
 
 def train_all(runs, origin, dry_run):
-    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run prints
-    their commands instead -> the scores of the others"""
+    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run
+    prints their commands instead -> the scores of the others"""
     scores = []
     for settings in runs:
         folder, results = on_rank_0(lambda: find_own(settings, origin))
@@ -473,7 +475,7 @@ def command(settings, name):
 
 def protocol(settings, seeds, grid, dry_run):
     """The grid of Table 4, then that many seeds of its best settings by dev score, none of which the grid has
-    seen. What is finished is skipped; a dry run prints the commands that are left, the grid's, then the seeds'."""
+    seen. What is finished is skipped; a dry run prints what is left, the grid's commands, then the seeds'."""
     origin, first = on_rank_0(lambda: origin_of(settings)), settings.seed
     if grid:
         axes = {name: values for name, values in GRID.items() if getattr(settings, name) is not None}
@@ -489,8 +491,9 @@ def protocol(settings, seeds, grid, dry_run):
     if seeds and len(scores) == seeds:
         std = statistics.stdev(scores) if seeds > 1 else 0
         each = ", ".join(f"{score:.2f}" for score in scores)
-        say(f"{settings.task} {settings.method} by {settings.exit}: mean {statistics.mean(scores):.2f} ± {std:.2f}, "
-            f"median {statistics.median(scores):.2f} over {seeds} seeds from {first} ({each})", sys.stdout)
+        say(f"{settings.task} {settings.method} by {settings.exit}: mean {statistics.mean(scores):.2f} ± "
+            f"{std:.2f}, median {statistics.median(scores):.2f} over {seeds} seeds from {first} ({each})",
+            sys.stdout)
 
 
 # ---- the command ----
@@ -505,32 +508,27 @@ def make_parser():
             meaning += ": " + ", ".join(allowed)
         if field.default is not None:
             meaning += f" [{field.default}]"
-        group.add_argument(flag(field.name), default=argparse.SUPPRESS, metavar=field.type.__name__, help=meaning)
+        group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=meaning,
+                           metavar=field.type.__name__)
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
-    group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest unfinished]")
+    group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
     group.add_argument("--seeds", metavar="N", help="train N seeds; prints mean, std and median")
-    group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best settings")
+    group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best")
     group.add_argument("--dry-run", action="store_true", help="with these: print the commands that are left")
     return parser
 
 
-def typed(kind, text):
-    """The value of a flag; a text that is none stays one, which Settings refuses."""
-    if text == "none":
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
 def main(argv=None):
     flags = vars(make_parser().parse_args(argv))
+    for field in dataclasses.fields(Settings):
+        if field.name in flags:
+            text = flags[field.name]
+            with contextlib.suppress(ValueError):       # what is no number stays a text, for Settings to refuse
+                flags[field.name] = None if text == "none" else field.type(text)
     name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
     grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
-    types = {field.name: field.type for field in dataclasses.fields(Settings)}
-    settings = make_settings(**{key: typed(types[key], text) for key, text in flags.items()})
+    settings = make_settings(**flags)
     if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
         raise InputError(f"--name {name!r}: expected the name of a folder under {RUNS}/")
     if seeds is not None and not re.fullmatch("[1-9][0-9]{0,3}", seeds):
@@ -543,30 +541,19 @@ def main(argv=None):
         raise InputError("--name: runs of --seeds and --grid have names of their own")
     check(settings)
     autocast(choose_device(settings.device), settings.precision)
-    with processes():
-        if resume is not None:
-            folder, settings = on_rank_0(lambda: find_stopped(resume or None))
-            run(settings, folder)
-        elif seeds or grid:
-            protocol(settings, int(seeds or 0), grid, dry_run)
-        elif name is not None:
-            run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name))[0])
-        else:
-            run(settings)
-
-
-@contextlib.contextmanager
-def processes():
-    """torch.distributed for as long as the block lasts, where torchrun started this process"""
-    if "LOCAL_RANK" not in os.environ:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    if "LOCAL_RANK" in os.environ:      # by torchrun; what the host decides goes by gloo, without a GPU
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+        atexit.register(dist.destroy_process_group)
+    if resume is not None:
+        folder, settings = on_rank_0(lambda: find_stopped(resume or None))
+        run(settings, folder)
+    elif seeds or grid:
+        protocol(settings, int(seeds or 0), grid, dry_run)
+    elif name is not None:
+        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name))[0])
+    else:
+        run(settings)
 
 
 if __name__ == "__main__":
