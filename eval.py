@@ -164,6 +164,8 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
     if task.pair != (text_b is not None):
         wanted = "two texts, --text and --text-b" if task.pair else "one text, --text alone"
         raise InputError(f"--text-b: {task.name} takes {wanted}")
+    if criterion == "expectation":
+        raise InputError("--exit expectation: it reads every layer, so no exit explains it; use another")
     inputs = [tokenizer.encode(text_a, text_b, settings.max_length)]
     logits, lam = all_layers(model, inputs, precision=settings.precision)
     p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
@@ -299,6 +301,8 @@ def main(argv=None):
     device, root = choose_device(given.get("device")), Path(given.get("runs", RUNS))
     batch_size, split, as_json = given.get("batch_size", 32), given.get("split", "dev"), "json" in given
     changed = {name: given[name] for name in (*THRESHOLDS.values(), "data_dir", "precision") if name in given}
+    if "runs" in given and not root.is_dir():
+        raise InputError(f"--runs {root}: expected a folder of runs, or of their run.json files, found none")
     if use == "table":
         return paper.print_tables(root)
     if use == "plot":

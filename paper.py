@@ -84,8 +84,9 @@ def study(settings, splits):
             for value in SWEEPS.get(criterion, ()):
                 changed = dataclasses.replace(settings, **{THRESHOLDS[criterion]: value})
                 result = exit_result(criterion, changed, logits, lam, labels, split)
-                row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
-                sweep.setdefault(criterion, []).append({criterion: value, "speed_up": L / row["mean_layer"], **row})
+                row = {criterion: value, "speed_up": L / result["mean_layer"]}
+                row |= {name: result[name] for name in ("score", "mean_layer", "dealt")}
+                sweep.setdefault(criterion, []).append(row)
         best = oracle_layers(logits, labels)
         oracle = {"score": scores(settings.task, at_layers(logits, best), labels)["score"],
                   "mean_layer": best.double().mean().item()}
@@ -101,7 +102,7 @@ FREE = ("task", "model", "seed", "lr", "lambda_lr", "batch_size", "epochs", "sto
         "warmup", "dropout", "max_length", "data_dir", "device", "precision", "save_every")
 
 
-# A finished run. score: on dev by its own exit; one_set: what the seeds of one set of settings have in common.
+# A finished run. score: on dev by its own exit; one_set: what the seeds of one set of settings share.
 Run = namedtuple("Run", "folder settings encoder study score one_set")
 
 

@@ -1333,7 +1333,8 @@ def test_the_expectation_is_computed_from_the_same_pass_as_every_q(runs):
     assert torch.allclose(logits[:5], torch.stack(one_by_one), atol=1e-4)
 
 
-def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(runs, capsys):
+def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(runs, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "bench", functools.partial(paper.bench, rounds=1))
     text = asked(capsys, "--bench", "--run", "palbert")
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
@@ -1456,7 +1457,7 @@ def test_a_bad_row_of_a_file_is_one_sentence_before_any_work_and_older_answers_s
     ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
     ("--sweep --q 0.3", "--q does nothing"), ("--output x", "with --input"), ("--text-b x", "with --text"),
     ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished runs of palbert"),
-    ("--run x", "no run 'x'"), ("", "no run with")])
+    ("--run x", "no run 'x'"), ("", "no run with"), ("--table --runs x", "--runs x: expected a folder")])
 def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
     with pytest.raises(InputError, match=words):
         evaluation.main(flags.split())
@@ -1464,7 +1465,8 @@ def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
 
 @pytest.mark.parametrize("flags, words", [
     ("--exit patience", "exits by q, sample"), ("--patience 3", "exits by q"), ("--text a", "two texts"),
-    ("--q 0.3 --exit last --text a --text-b b", "--q does nothing"), ("--sweep --exit sample", "--exit q")])
+    ("--q 0.3 --exit last --text a --text-b b", "--q does nothing"), ("--sweep --exit sample", "--exit q"),
+    ("--exit expectation --text a --text-b b", "reads every layer")])
 def test_what_the_run_does_not_have_or_use_is_refused(flags, words, runs):
     with pytest.raises(InputError, match=words):
         evaluation.main(["--run", "palbert", *flags.split()])
@@ -1569,7 +1571,7 @@ def test_fig_5_has_the_mean_of_the_seeds_and_the_prior_and_without_runs_there_is
     assert curve.get_ydata()[0] == 0.75 and prior.get_linestyle() == "--"
     assert prior.get_ydata() == pytest.approx(geometric_prior(0.25, 12).numpy())
     with pytest.raises(InputError, match="finished runs"):
-        evaluation.main(["--plot", "q", "--runs", "nowhere"])
+        evaluation.main(["--plot", "q", "--runs", "/"])
 
 
 HEADERS = {"CoLA": ["sentence"], "MRPC": ["#1 String", "#2 String"]}
