@@ -171,7 +171,7 @@ def choose_device(name=None):
     number = int(number or os.environ.get("LOCAL_RANK", 0))
     if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use "
-                         f"cpu or one of {torch.cuda.device_count()} GPUs, of which torchrun needs one a process")
+                         f"cpu, or one of {torch.cuda.device_count()} GPUs; torchrun needs one a process")
     if kind != "cuda":
         return torch.device(kind)
     torch.cuda.set_device(number)
@@ -223,6 +223,8 @@ def check(settings):
     size = SIZES.get(path.name)
     if "train" not in get_task(settings.task).splits:
         raise InputError(f"--task {settings.task}: it has no training set; choose another")
+    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+        raise InputError(f"--data-dir {settings.data_dir}: expected a folder with the task's files, found none")
     if settings.exit not in exits:
         raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
                          + " or ".join(exits))

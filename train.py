@@ -443,7 +443,7 @@ def find_stopped(name):
     folder = find_run(name, unfinished=True)
     settings, values = read_run(folder)
     if not values.get("finished") and origin_of(settings)["data"] != values.get("data"):
-        raise InputError(f"{folder}: the task's files have changed since it began; put them back or train anew")
+        raise InputError(f"{folder}: the task's files have changed since then; put them back or train anew")
     return folder, settings
 
 
@@ -524,7 +524,7 @@ def main(argv=None):
     for field in dataclasses.fields(Settings):
         if field.name in flags:
             text = flags[field.name]
-            with contextlib.suppress(ValueError):       # what is no number stays a text, for Settings to refuse
+            with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
                 flags[field.name] = None if text == "none" else field.type(text)
     name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
     grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
