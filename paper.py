@@ -115,8 +115,10 @@ def read_result(path):
     study = {name: values[name] for name in ("dev", "by_layer", "oracle", "sweep")}
     data = json.dumps([values.get("data"), values.get("model")], sort_keys=True)        # their sha256
     one_set = dataclasses.replace(settings, seed=0, **dict.fromkeys(PLACE)), data
-    score = float(study["dev"][settings.exit]["score"])
-    return Run(path.parent, settings, values["encoder"], study, score, one_set)
+    run = Run(path.parent, settings, values["encoder"], study, study["dev"][settings.exit]["score"], one_set)
+    for criterion in study["dev"]:
+        cell([run], criterion)                              # fails here if it cannot be printed
+    return run
 
 
 def finished_runs(root):
@@ -127,7 +129,7 @@ def finished_runs(root):
         try:
             run = read_result(path)
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-            say(f"passed over {path}, which is not what train.py writes: {type(error).__name__} {error}")
+            say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error})")
             continue
         if run:
             runs[run.one_set, run.settings.seed] = run

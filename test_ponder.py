@@ -1320,6 +1320,14 @@ def test_every_way_has_run_once_before_it_is_timed(runs, monkeypatch, capsys):
     assert calls == ["all_layers", "timed", "all_layers", *3 * ["predict_all", "timed", "predict_all"]]
 
 
+def test_the_precision_that_is_given_overrides_the_runs_in_every_pass(runs, monkeypatch, capsys):
+    seen, real = set(), run_module.autocast
+    watched = lambda device, precision=None: seen.add(precision) or real(device, "float32")
+    monkeypatch.setattr(run_module, "autocast", watched)
+    asked(capsys, "--run", "palbert", "--precision", "bf16")
+    assert seen == {"bf16"}
+
+
 def test_the_expectation_is_computed_from_the_same_pass_as_every_q(runs):
     settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
     inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
@@ -1499,7 +1507,7 @@ def keep_result(folder, score, model="albert-base-v2", encoder="albert", **given
 
 @pytest.fixture
 def results(here):
-    """A grid, five seeds of other settings, ablations with more seeds and better scores, a damaged file"""
+    """A grid, five seeds of other settings, ablations with more seeds and better scores, two damaged files"""
     keep = functools.partial(keep_result, here / "results")
     for lr, batch_size in itertools.product((1e-5, 2e-5, 5e-5), (16, 128)):
         keep(99, lr=lr, batch_size=batch_size)
@@ -1516,6 +1524,9 @@ def results(here):
     keep(50, method="finetune")
     keep(51, method="finetune", lr=2e-5)
     keep(90, model="minilm", encoder="bert")
+    whole = json.loads((here / "results" / "0.json").read_text())
+    del whole["dev"]["sample"]["dealt"]
+    (here / "results" / "lacks.json").write_text(json.dumps(whole))
     (here / "results" / "bad.json").write_text("{")
     return here / "results"
 
@@ -1523,7 +1534,7 @@ def results(here):
 def test_a_cell_is_the_seeds_of_one_set_of_settings_and_a_damaged_file_is_passed_over(results, capsys):
     evaluation.main(["--table", "--runs", "results"])
     said, warned = capsys.readouterr()
-    assert "bad.json" in warned and warned.count("passed over") == 1
+    assert "bad.json" in warned and "lacks.json" in warned and warned.count("passed over") == 2
     one, two, three, systems = [part.splitlines() for part in re.split("Table .|Every system", said)[1:]]
     under = lambda table, name: table[[line.startswith(f"| {name} |") for line in table].index(True) + 1]
     assert "82.0 ± 1.6 (n = 5, layer 2.0, dealt 81.0)" in under(one, "all: PALBERT")
