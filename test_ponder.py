@@ -598,7 +598,7 @@ def test_one_batch_overfits_to_zero(method, task):
     labels = [float(n % 2) for n in range(16)] if task == 1 else [n % task for n in range(16)]
     for step in range(300):
         parts = train.train_step(model, optimizer, settings_, step, inputs, labels, geometric_prior(0.1, 6))
-    assert parts[0].item() < 0.02
+    assert parts["task"].item() < 0.02
 
 
 def test_evaluating_twice_is_bitwise_equal_and_padding_changes_nothing():
@@ -738,14 +738,14 @@ def test_every_method_trains_classes_and_numbers(method, task, rte, here, capsys
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--q 0", "--q"), ("--q 1.5", "--q"), ("--q nan", "--q"), ("--prior 1", "--prior"), ("--prior 0", "--pri"),
+    ("--q 0", "--q"), ("--q 1.5", "--q"), ("--q nan", "--q"), ("--prior 1", "--prior"), ("--prior 0", "--p"),
     ("--beta -1", "--beta"), ("--beta inf", "--beta"), ("--cut 1", "--cut"), ("--patience 0", "--patience"),
     ("--max-length 7", "8 to 512"), ("--max-length 513", "8 to 512"), ("--layers 0", "--layers"),
     ("--layers 1001", "--layers"), ("--lr 0", "--lr"), ("--lr fast", "fast: expected a n"), ("--lr", "--lr"),
     ("--batch-size 0", "--batch-size"), ("--batch-size 2.5", "a whole number"), ("--epochs 0", "--epochs"),
     ("--dropout 1", "--dropout"), ("--lambda-layers 4", "1 to 3"), ("--lambda-input both", "current, concat"),
     ("--method bert", "palbert, pondernet, pabee, berxit, finetune"), ("--task squad", "mrpc"),
-    ("--task ax", "ax"), ("--model bert-base", "albert-base-v2"), ("--seed -1", "--seed"), ("--turbo", "--tu"),
+    ("--task ax", "ax"), ("--model bert-base", "albert-base-v2"), ("--seed -1", "--seed"), ("--turbo", "--t"),
     ("--model roberta-base --layers 9", "--layers 9"), ("--exit entropy", "q or sam"), ("--name .", "--name"),
     ("--method finetune --exit q", "last"), ("--device tpu", "cuda:N, mps or"), ("--name ..", "--name"),
     ("--device cpu:²", "cuda:N, mps or"), ("--device cpu:1", "cuda:N, mps or"), ("--save-every 0", "--save"),
@@ -1017,7 +1017,7 @@ def progress(**values):
     tensors(lambda t: t.update({"exp_avg.encoder.words.weight": torch.zeros(1)})),
     tensors(lambda t: t.update({"exp_avg_sq.classifier.bias": t["exp_avg_sq.classifier.bias"].double()})),
     tensors(lambda t: t.update({"step.classifier.bias": torch.zeros(2)})),
-    tensors(lambda t: t.update({"model.classifier.bias": 3})), tensors(lambda t: t.update(more=torch.ones(1))),
+    tensors(lambda t: t.update({"model.classifier.bias": 3})), tensors(lambda t: t.update(x=torch.ones(1))),
     tensors(lambda t: t.pop("model.classifier.bias")), tensors(lambda t: t.pop("exp_avg.classifier.bias")),
     progress(step=-1), progress(step=4.0), progress(step=10**9), progress(step=True), progress(epoch=4),
     progress(position=6), progress(best_epoch="1"), progress(best=None), progress(log_bytes=10**9),
