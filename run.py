@@ -182,14 +182,13 @@ def autocast(device, precision=None):
     """The context in which a model computes, bf16 autocast or plain float32; None is bf16 on a GPU that
     computes in it. InputError for bf16 on a device that does not."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision is None:
-        precision = "bf16" if able else "float32"
-    if device.type == "cpu":
+    bf16 = precision == "bf16" or (precision is None and able)
+    if bf16 and device.type == "cpu":
         has = torch.cpu.get_capabilities()
         able = has.get("avx512_bf16") or has.get("amx_bf16")
-    if precision == "bf16" and not able:
+    if bf16 and not able:
         raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def device_name(device):

@@ -599,7 +599,7 @@ def test_one_batch_overfits_to_zero(method, task):
     labels = [float(n % 2) for n in range(16)] if task == 1 else [n % task for n in range(16)]
     for step in range(300):
         parts = train.train_step(model, optimizer, settings_, step, inputs, labels, geometric_prior(0.1, 6))
-    assert parts[0].item() < 0.02
+    assert parts["task"].item() < 0.02
 
 
 def test_evaluating_twice_is_bitwise_equal_and_padding_changes_nothing():
@@ -690,14 +690,14 @@ def run_json(name):
     return json.loads(Path("runs", name, "run.json").read_text())
 
 
-def log_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def log_of(name, runs="runs"):
+    return [json.loads(line) for line in Path(runs, name, "metrics.jsonl").read_text().splitlines()]
 
 
 def digest(name):
     """Weights and metrics of a run, wall times aside"""
     weights = read_safetensors(Path("runs", name, "model.safetensors"))
-    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in log_of(Path("runs", name))]
+    lines = [line | {"seconds": None} for line in log_of(name)]
     return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}, lines
 
 
@@ -709,50 +709,63 @@ def names_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return glue_folder(tmp_path_factory.mktemp("data") / "glue", [("RTE", 5), ("STS-B", 5)])
+
+
+@pytest.fixture
+def rte(data, here):
+    """Flags for a run of 3 epochs of 4 steps, each of a few milliseconds"""
+    return ["--task", "rte", "--model", "tiny", "--layers", "2", "--max-length", "16", "--batch-size", "16",
+            "--epochs", "3", "--device", "cpu", "--data-dir", str(data)]
+
+
 @pytest.mark.parametrize("method", run_module.METHODS)
-@pytest.mark.parametrize("task, flags", [("parity", []), ("stsb", ["--data-dir", "glue", "--batch-size", "16"])])
-def test_every_method_trains_classes_and_numbers(method, task, flags, here, small_parity, capsys):
-    glue_folder(here / "glue", [("STS-B", 5)])
-    train.main(["--task", task, "--model", "tiny", "--method", method, "--name", "x", "--layers", "3", *flags, *QUICK])
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_every_method_trains_classes_and_numbers(method, task, rte, here, capsys):
+    train.main([*rte, "--task", task, "--method", method, "--name", "x", "--max-steps", "3"])
     values, said = run_json("x"), capsys.readouterr().err
     assert values["finished"] and values["steps"] == 3 and values["best_epoch"] == 1
     assert set(values["dev"]) == set(run_module.read_run("runs/x")[0].exits)
-    assert names_of(here / "runs/x") == ["config.json", "metrics.jsonl", "model.safetensors", "run.json", "spiece.model"]
+    assert names_of(here / "runs/x") == ["config.json", "metrics.jsonl", "model.safetensors", "run.json",
+                                         "spiece.model"]
     assert "step 1 of at most 3" in said and "the best epoch was 1" in said
-    *steps, dev = log_of(here / "runs/x")
-    assert [line["step"] for line in steps] == [1, 2, 3] and len(dev["p"]) == 3
+    *steps, dev = log_of("x")
+    assert [line["step"] for line in steps] == [1, 2, 3] and len(dev["p"]) == 2
     if method in ("palbert", "pondernet"):
-        assert all(line["loss"] == pytest.approx(line["task"] + 0.02 * line["kl"], rel=1e-5) for line in steps)
+        assert all(line["loss"] == pytest.approx(line["task"] + 0.02 * line["kl"]) for line in steps)
     assert ("lambda_lr" in steps[0]) == (method == "palbert") and steps[0]["lr"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--q 0", "--q"), ("--q 1.5", "--q"), ("--q nan", "--q"), ("--prior 1", "--prior"), ("--prior 0", "--prior"),
+    ("--q 0", "--q"), ("--q 1.5", "--q"), ("--q nan", "--q"), ("--prior 1", "--prior"), ("--prior 0", "--p"),
     ("--beta -1", "--beta"), ("--beta inf", "--beta"), ("--cut 1", "--cut"), ("--patience 0", "--patience"),
-    ("--max-length 7", "from 8 to 512"), ("--max-length 513", "from 8 to 512"), ("--layers 0", "--layers"),
-    ("--layers 1001", "--layers"), ("--lr 0", "--lr"), ("--lr fast", "--lr fast: expected a number"), ("--lr", "--lr"),
+    ("--max-length 7", "8 to 512"), ("--max-length 513", "8 to 512"), ("--layers 0", "--layers"),
+    ("--layers 1001", "--layers"), ("--lr 0", "--lr"), ("--lr fast", "fast: expected a n"), ("--lr", "--lr"),
     ("--batch-size 0", "--batch-size"), ("--batch-size 2.5", "a whole number"), ("--epochs 0", "--epochs"),
-    ("--dropout 1", "--dropout"), ("--lambda-layers 4", "from 1 to 3"), ("--lambda-input both", "current, concat"),
-    ("--method bert", "palbert, pondernet, pabee, berxit, finetune"), ("--task squad", "mrpc"), ("--seed -1", "--seed"),
-    ("--task ax", "ax"), ("--model bert-base", "albert-base-v2"), ("--model roberta-base --layers 9", "--layers 9"),
-    ("--exit entropy", "q or sample"), ("--method finetune --exit q", "last"), ("--device tpu", "cuda, cuda:N, mps or"),
-    ("--device cpu:²", "cuda, cuda:N, mps or"), ("--device cpu:1", "cuda, cuda:N, mps or"), ("--save-every 0", "--save"),
-    ("--precision fp16", "float32, bf16"), ("--classifiers both", "shared, per_layer"), ("--certainty 2", "--certai"),
-    ("--task stsb --method pabee --exit entropy", "patience or last"), ("--turbo", "--turbo"), ("--max-steps 0", "--max"),
-    ("--tolerance -1", "--tolerance"), ("--seeds 0", "--seeds"), ("--seeds 1e12", "--seeds 1e12: expected a whole"),
+    ("--dropout 1", "--dropout"), ("--lambda-layers 4", "1 to 3"), ("--lambda-input both", "current, concat"),
+    ("--method bert", "palbert, pondernet, pabee, berxit, finetune"), ("--task squad", "mrpc"),
+    ("--task ax", "ax"), ("--model bert-base", "albert-base-v2"), ("--seed -1", "--seed"), ("--turbo", "--t"),
+    ("--model roberta-base --layers 9", "--layers 9"), ("--exit entropy", "q or sam"), ("--name .", "--name"),
+    ("--method finetune --exit q", "last"), ("--device tpu", "cuda:N, mps or"), ("--name ..", "--name"),
+    ("--device cpu:²", "cuda:N, mps or"), ("--device cpu:1", "cuda:N, mps or"), ("--save-every 0", "--save"),
+    ("--precision fp16", "float32, bf16"), ("--classifiers both", "per_layer"), ("--certainty 2", "--cert"),
+    ("--task stsb --method pabee --exit entropy", "patience or last"), ("--max-steps 0", "--max-steps"),
+    ("--tolerance -1", "--tolerance"), ("--seeds 0", "--seeds"), ("--seeds 1e12", "--seeds 1e12: expected"),
     ("--seeds 99999999", "--seeds"), ("--dry-run", "--seeds or --grid"), ("--name x --seeds 2", "--name"),
-    ("--name a/b", "--name"), ("--name ..", "--name"), ("--name .", "--name"), ("--name=", "--name"),
+    ("--name a/b", "--name"), ("--name=", "--name"), ("--data-dir nowhere", "--data-dir nowhere: expected"),
     ("--resume x --lr 1", "--resume"), ("--resume nowhere", "no run"), ("--resume", "no run")])
-def test_a_wrong_flag_is_named_with_what_is_expected_before_anything_is_looked_for(flags, words, here, monkeypatch):
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("loaded first"))
-    monkeypatch.setattr(train, "origin_of", lambda *_: pytest.fail("looked for first"))
+def test_a_wrong_flag_is_named_with_what_is_expected_before_anything_is_read(flags, words, here, monkeypatch):
+    for name in ("load", "origin_of"):
+        monkeypatch.setattr(train, name, lambda *_: pytest.fail("looked for first"))
     assert words in refusal(*flags.split()) and not (here / "runs").exists()
 
 
-@pytest.mark.parametrize("given", [{"epochs": "2"}, {"epochs": True}, {"lr": None}, {"lr": "1"}, {"task": 3}, {"model": ""}])
+@pytest.mark.parametrize("given", [("seed", "2"), ("epochs", True), ("lr", None), ("task", 3), ("model", "")])
 def test_settings_refuse_what_has_the_wrong_type(given):
     with pytest.raises(InputError, match=": expected"):
-        run_module.make_settings(**given)
+        run_module.make_settings(**dict([given]))
 
 
 def test_pabees_tolerance_is_the_released_codes():
@@ -774,8 +787,9 @@ def test_a_cuda_that_is_not_there_is_said_at_once(here):
 
 def test_the_gpu_is_the_current_device_and_torchrun_gives_each_process_its_own(monkeypatch):
     current = []
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", current.append)):
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert run_module.choose_device() == torch.device("cuda", 0)
     assert run_module.choose_device("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -794,15 +808,16 @@ def test_torchrun_refuses_a_macs_mps_and_one_gpu_for_all(given, device, monkeypa
         train.Training(run_module.make_settings(device=given))
 
 
-def test_bf16_is_recorded_and_refused_where_the_cpu_does_not_compute_in_it(here, small_parity, monkeypatch):
+def test_bf16_is_recorded_and_refused_where_the_cpu_does_not_compute_in_it(rte, here, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     for name, precision in (("low", ["--precision", "bf16"]), ("full", [])):
-        train.main([*QUICK, *precision, "--name", name])
+        train.main([*rte, *precision, "--name", name])
     assert (run_json("low")["precision"], run_json("full")["precision"]) == ("bf16", "float32")
-    first, second = (log_of(here / "runs" / name)[2]["task"] for name in ("low", "full"))
+    first, second = (log_of(name)[2]["task"] for name in ("low", "full"))
     assert first != second and abs(first - second) < 0.02
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
-    assert "--precision bf16" in refusal("--precision", "bf16", "--name", "x") and not (here / "runs/x").exists()
+    assert "--precision bf16" in refusal("--precision", "bf16", "--name", "x")
+    assert names_of(here / "runs") == ["full", "low"]
 
 
 def test_memory_that_does_not_suffice_is_one_sentence_that_names_the_batch_size():
@@ -816,13 +831,15 @@ def test_memory_that_does_not_suffice_is_one_sentence_that_names_the_batch_size(
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_that_is_not_utf_8_gets_the_line_with_other_characters(encoding):
     code = "import run; run.run_main(lambda: print('mean 3 ± 1 of \u2581the'))"
-    result = shell("-c", code, cwd=HERE, env=os.environ | {"PYTHONIOENCODING": encoding})
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = shell("-c", code, cwd=HERE, env=environment, encoding=encoding)
     assert result.returncode == 0 and not result.stderr and result.stdout.endswith("of ?the\n")
 
 
 def test_a_closed_pipe_ends_a_command_quietly():
-    command = [sys.executable, "-c", "import run; run.run_main(lambda: [print('x' * 1000) for _ in range(1000)])"]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    code = "import run; run.run_main(lambda: [print('x' * 1000) for _ in range(1000)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 1
@@ -835,16 +852,16 @@ def test_without_a_network_mrpc_ends_in_one_sentence_with_the_two_ways_to_hand_i
 
 
 def test_only_the_four_packages_are_imported_at_run_time():
-    result = shell("-c", "import sys, train, eval; print(*{name.split('.')[0] for name in sys.modules})", cwd=HERE)
-    others = {"transformers", "scipy", "sklearn", "matplotlib", "hypothesis", "pytest", "safetensors", "tokenizers"}
+    result = shell("-c", "import sys, train, eval; print(*sys.modules)", cwd=HERE)
+    others = {"transformers", "scipy", "sklearn", "matplotlib", "hypothesis", "pytest", "safetensors"}
     assert result.returncode == 0 and not others & set(result.stdout.split())
 
 
 # ---- numbers ----
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(here, small_parity):
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(rte):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        train.main([*QUICK, "--name", name, "--seed", seed])
+        train.main([*rte, "--name", name, "--seed", seed])
     assert digest("a") == digest("b") and digest("a") != digest("c")
 
 
@@ -863,9 +880,9 @@ def test_evaluating_more_often_changes_no_training_step():
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.parametrize("part, value, flags", [("task", "nan", "a lower --lr"), ("loss", "inf", "a lower --lr"),
-                                                ("kl", "inf", "another --prior")])
-def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_rows(part, value, flags, here, small_parity, monkeypatch):
+@pytest.mark.parametrize("part, value, flags", [
+    ("task", "nan", "a lower --lr"), ("loss", "inf", "a lower --lr"), ("kl", "inf", "another --prior")])
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_rows(part, value, flags, rte, monkeypatch):
     real, steps = train.train_step, []
 
     def broken(*arguments):
@@ -873,13 +890,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_rows(part, value, 
         return steps[-1] | {part: steps[-1][part] * float(value)} if len(steps) == 2 else steps[-1]
 
     monkeypatch.setattr(train, "train_step", broken)
-    sentence = refusal(*QUICK, "--name", "bad")
+    sentence = refusal(*rte, "--name", "bad")
     assert re.search(rf"^step 2: the loss is not finite .* rows \[\d+, .*; try {flags}$", sentence)
     assert not run_json("bad")["finished"]
 
 
-def test_a_logit_that_is_none_is_never_scored(here, small_parity):
-    sentence = refusal("--lr", "1e38", "--max-steps", "1", "--device", "cpu", "--name", "bad")
+def test_a_logit_that_is_none_is_never_scored(rte):
+    sentence = refusal(*rte, "--lr", "1e38", "--max-steps", "1")
     assert sentence == "step 1: layer 1 gives a number that is NaN or infinite; try a lower --lr"
     model, settings_ = make(), run_module.make_settings(task="mnli")
     with torch.no_grad():
@@ -888,8 +905,8 @@ def test_a_logit_that_is_none_is_never_scored(here, small_parity):
         run_module.predict_all(model, settings_, "q", rows(9), 4)
 
 
-def test_samplings_dev_score_is_the_mean_of_20_draws_and_the_log_says_so(here, small_parity, capsys):
-    train.main([*QUICK, "--method", "pondernet", "--name", "x"])
+def test_samplings_dev_score_is_the_mean_of_20_draws_and_the_log_says_so(rte, capsys):
+    train.main([*rte, "--method", "pondernet", "--layers", "6", "--name", "x"])
     assert "by sample exit, mean of 20 draws, at layer" in capsys.readouterr().err
     settings_, tokenizer, model = run_module.load_run("runs/x", torch.device("cpu"))
     inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
@@ -906,9 +923,6 @@ def test_samplings_dev_score_is_the_mean_of_20_draws_and_the_log_says_so(here, s
 
 # ---- a run goes on as if it had not been stopped ----
 
-STOPPED = ["--layers", "2", "--batch-size", "64", "--epochs", "3", "--device", "cpu", "--save-every", "2"]
-
-
 class Killed(BaseException):
     pass
 
@@ -924,45 +938,54 @@ def stop_at(step, monkeypatch, *flags):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "train_step", step_or_die)
-        train.main([*STOPPED, *flags])
+        train.main(list(flags))
 
 
-def test_stopped_at_any_step_and_resumed_a_run_ends_with_the_same_bits(here, small_parity, monkeypatch):
-    train.main([*STOPPED, "--name", "whole"])
-    for step in (0, 1, 2, 5, 7, 14):
+def test_stopped_at_any_step_and_resumed_a_run_ends_with_the_same_bits(rte, monkeypatch):
+    flags = [*rte, "--save-every", "2"]
+    train.main([*flags, "--name", "whole"])
+    for step in (0, 1, 2, 5, 7, 11):
         name = f"cut{step}"
-        stop_at(step, monkeypatch, "--name", name)      # before step 2 nothing is saved: the same command begins again
-        train.main(["--resume", name] if step else [*STOPPED, "--name", name])
+        stop_at(step, monkeypatch, *flags, "--name", name)
+        # Before step 2 nothing is saved, and the same command begins again.
+        train.main(["--resume", name] if step else [*flags, "--name", name])
         assert digest(name) == digest("whole"), step
-        seconds = [line["seconds"] for line in log_of(here / "runs" / name)]
+        seconds = [line["seconds"] for line in log_of(name)]
         assert seconds == sorted(seconds)
 
 
-@pytest.fixture
-def rte(here):
-    """Flags for a small RTE in glue/: 16 steps an epoch, of a few milliseconds"""
-    glue_folder(here / "glue", [("RTE", 5)])
-    return ["--task", "rte", "--model", "tiny", "--layers", "2", "--max-length", "16", "--data-dir", "glue", "--device",
-            "cpu", "--batch-size", "4", "--epochs", "20"]
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bits(
+        how, rte, monkeypatch, capsys):
+    train.main([*rte, "--name", "whole"])
+    real = train.train_step
+
+    def step(model, optimizer, settings_, number, *rest):
+        if number == 4:
+            os.kill(os.getpid(), how)
+        return real(model, optimizer, settings_, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "train_step", step)
+        run_module.run_main(lambda: train.main([*rte, "--name", "x"]))
+    said = "stopped after step 5 and saved; go on with: python train.py --resume runs/x\n"
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith(said)
+    train.main(["--resume", "runs/x"])
+    assert digest("x") == digest("whole")
 
 
-def test_a_run_that_a_signal_ends_has_saved_its_step_and_resumes_to_the_same_bits(rte, here):
-    flags = [*rte, "--save-every", "5", "--max-steps", "300"]
+def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(rte, here):
+    flags = [*rte, "--batch-size", "4", "--epochs", "20", "--save-every", "5"]
     whole = shell(HERE / "train.py", *flags, "--name", "whole")
-    assert whole.returncode == 0, whole.stderr
-    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        command = [sys.executable, HERE / "train.py", *flags, "--name", how.name]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while not (here / "runs" / how.name / "resume.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(how)
-        said = process.communicate(timeout=120)[1]
-        if how != signal.SIGKILL:
-            assert process.returncode == 130 and "Traceback" not in said
-            assert f"and saved; go on with: python train.py --resume runs/{how.name}" in said
-        result = shell(HERE / "train.py", "--resume", f"runs/{how.name}")
-        assert result.returncode == 0 and digest(how.name) == digest("whole"), result.stderr
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--name", "x"])
+    while not (here / "runs/x/resume.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = shell(HERE / "train.py", "--resume", "x")
+    assert whole.returncode == result.returncode == 0 and "going on from step" in result.stderr, result.stderr
+    assert digest("x") == digest("whole")
 
 
 def test_nohup_keeps_its_meaning():
@@ -976,22 +999,11 @@ def test_nohup_keeps_its_meaning():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory):
-    """A run's folder, stopped after step 4 of 15"""
-    folder, real = tmp_path_factory.mktemp("stopped"), glue.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for module in (run_module, train):
-            patch.setattr(module, "load", lambda task, split, _=None: real(task, split)[:320 if split == "train" else 40])
-        stop_at(5, patch, "--name", "x")
-    return folder / "runs" / "x"
-
-
 @pytest.fixture
-def stopped(stopped_run, here, small_parity):
-    """A copy of it, as runs/x"""
-    return Path(shutil.copytree(stopped_run, here / "runs" / "x"))
+def stopped(rte, here, monkeypatch):
+    """runs/x, stopped after step 5 of 12"""
+    stop_at(6, monkeypatch, *rte, "--save-every", "1", "--name", "x")
+    return here / "runs" / "x"
 
 
 def tensors(change):
@@ -1002,19 +1014,17 @@ def progress(**values):
     return lambda saved: saved["progress"].update(values)
 
 
-BIAS = "classifier.bias"
-
-
 @pytest.mark.parametrize("damage", [
     tensors(lambda t: t.update({"exp_avg.encoder.words.weight": torch.zeros(1)})),
-    tensors(lambda t: t.update({f"exp_avg_sq.{BIAS}": t[f"exp_avg_sq.{BIAS}"].double()})),
-    tensors(lambda t: t.update({f"step.{BIAS}": torch.zeros(2)})), tensors(lambda t: t.update({f"model.{BIAS}": 3})),
-    tensors(lambda t: t.pop(f"model.{BIAS}")), tensors(lambda t: t.pop(f"exp_avg.{BIAS}")),
-    tensors(lambda t: t.update(more=torch.zeros(1))), progress(step=-1), progress(step=4.0), progress(step=10**9),
-    progress(step=True), progress(epoch=4), progress(position=6), progress(best_epoch="1"), progress(best=None),
-    progress(log_bytes=10**9), progress(log_bytes=-1), lambda saved: saved.pop("order"),
-    lambda saved: saved.update(order=torch.zeros(3)), lambda saved: saved.update(progress=7),
-    lambda saved: saved["progress"].pop("epoch"), lambda saved: saved.update(tensors=7)])
+    tensors(lambda t: t.update({"exp_avg_sq.classifier.bias": t["exp_avg_sq.classifier.bias"].double()})),
+    tensors(lambda t: t.update({"step.classifier.bias": torch.zeros(2)})),
+    tensors(lambda t: t.update({"model.classifier.bias": 3})), tensors(lambda t: t.update(x=torch.ones(1))),
+    tensors(lambda t: t.pop("model.classifier.bias")), tensors(lambda t: t.pop("exp_avg.classifier.bias")),
+    progress(step=-1), progress(step=4.0), progress(step=10**9), progress(step=True), progress(epoch=4),
+    progress(position=6), progress(best_epoch="1"), progress(best=None), progress(log_bytes=10**9),
+    progress(log_bytes=-1), lambda saved: saved.pop("order"), lambda saved: saved.update(order=torch.ones(3)),
+    lambda saved: saved.update(progress=7), lambda saved: saved["progress"].pop("epoch"),
+    lambda saved: saved.update(tensors=7)])
 def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(damage, stopped):
     saved = torch.load(stopped / "resume.pt")
     damage(saved)
@@ -1056,14 +1066,13 @@ def test_nothing_stays_mapped_that_is_about_to_be_replaced(stopped, here, monkey
 
 
 def test_two_runs_that_start_at_once_have_two_folders_and_one_in_training_is_refused(rte, here):
-    command = [sys.executable, HERE / "train.py", *rte, *QUICK]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0], [process.stderr.read() for process in processes]
+    processes = [subprocess.Popen([sys.executable, HERE / "train.py", *rte]) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     first, second = names_of(here / "runs")
     assert second == f"{first}-2" and run_json(first)["finished"] and run_json(second)["finished"]
     with open(here / "runs" / first / "metrics.jsonl") as file:
         train.fcntl.flock(file, train.fcntl.LOCK_EX)
-        assert "another process trains it" in refusal(*rte, *QUICK, "--name", first)
+        assert "another process trains it" in refusal(*rte, "--name", first)
 
 
 # ---- a run is what it says ----
@@ -1083,7 +1092,8 @@ def pretrained(rte, here, albert_folder):
     """Flags for the small RTE with pretrained weights in a/checkpoint-500; b/checkpoint-500 has others"""
     for name, seed in (("a", 0), ("b", 1)):
         save_pretrained(here / name / "checkpoint-500", text_module.load_tokenizer(albert_folder), seed=seed)
-    return [*rte, "--model", "a/checkpoint-500", *QUICK]
+    shutil.copytree(rte[-1], here / "glue")             # which a test may change
+    return [*rte, "--model", "a/checkpoint-500", "--data-dir", "glue"]
 
 
 def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pretrained, here, capsys):
@@ -1111,11 +1121,11 @@ def test_seeds_of_other_data_or_of_a_model_of_the_same_last_name_are_trained_ane
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     capsys.readouterr()
     assert seeds("--dry-run") == 2 and shlex.split(capsys.readouterr().out)[-1].endswith("-3")
-    assert seeds() == 3 and len({json.dumps(run_json(name)["model"]) for name in names_of(here / "runs")}) == 2
+    assert seeds() == 3
 
 
 def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here, monkeypatch):
-    stop_at(3, monkeypatch, *pretrained, "--name", "x", "--max-steps", "5")
+    stop_at(6, monkeypatch, *pretrained, "--name", "x")
     shutil.rmtree(here / "a")
     path = here / "glue/RTE/train.tsv"
     kept = path.read_text()
@@ -1126,31 +1136,31 @@ def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here, mo
     assert run_json("x")["finished"]
 
 
-@pytest.mark.parametrize("flags", [["--model", "c"], ["--model", "glue"], ["--data-dir", "a"], ["--max-length", "512"]])
-def test_a_start_that_fails_leaves_no_folder(flags, pretrained, here):
+@pytest.mark.parametrize("flags", ["--model c", "--model glue", "--data-dir a", "--layers 3 --model r"])
+def test_a_start_that_fails_leaves_no_folder(flags, pretrained, here, roberta_folder):
     shutil.copytree(here / "a/checkpoint-500", here / "c")
     (here / "c/spiece.model").unlink()
-    config = here / "a/checkpoint-500/config.json"
-    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 511'))
-    refusal(*pretrained, *flags)
+    save_pretrained(here / "r", text_module.load_tokenizer(roberta_folder), "Roberta", type_vocab_size=1)
+    refusal(*pretrained, *flags.split())
     assert not (here / "runs").exists()
 
 
 def test_a_model_may_be_another_runs_encoder(rte, here):
-    train.main([*rte, *QUICK, "--name", "one"])
+    train.main([*rte, "--name", "one"])
     settings_ = run_module.make_settings(task="rte", model="runs/one", method="finetune")
     (here / "two").mkdir()
     _, model = run_module.make_model(settings_, here / "two", [])
     weights = read_safetensors(here / "runs/one/model.safetensors")
-    encoder = model.encoder.state_dict()
-    assert model.lambda_head is None and all(torch.equal(encoder[name], weights[f"encoder.{name}"]) for name in encoder)
-    train.main([*rte, *QUICK, "--model", "runs/one", "--name", "two"])
+    assert model.lambda_head is None
+    assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
+    train.main([*rte, "--model", "runs/one", "--name", "two"])
     assert run_json("two")["model"].keys() == {"config.json", "model.safetensors"}
 
 
-def test_a_grid_by_dry_run_lines_in_any_order_and_half_of_them_twice_gives_the_same_table(rte, here, monkeypatch, capsys):
+def test_a_grid_by_dry_run_lines_in_any_order_and_half_of_them_twice_is_the_same(
+        rte, here, monkeypatch, capsys):
     monkeypatch.setattr(train, "GRID", {"lr": (1e-3, 3e-3), "lambda_lr": (1e-3,)})
-    flags = ["--grid", "--seeds", "2", *rte, *QUICK]
+    flags = ["--grid", "--seeds", "2", *rte]
     train.main(flags)
     want = capsys.readouterr().out
     assert "± " in want and "median" in want and "over 2 seeds from 1 " in want     # the grid had seed 0
@@ -1175,21 +1185,21 @@ def torchrun(*flags):
 
 
 def test_two_processes_give_the_runs_the_curves_and_the_progress_of_one(rte, here):
-    flags = [*rte, "--batch-size", "15", "--max-steps", "12", "--seeds", "2"]       # 64 rows: the last batch has 4
+    flags = [*rte, "--batch-size", "21", "--max-steps", "12", "--seeds", "2"]   # the last of 64 rows is alone
     one = shell(HERE / "train.py", *flags)
     (here / "runs").rename(here / "one")
     two = shell(*torchrun(*flags)[1:])
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     assert names_of(here / "one") == names_of(here / "runs") and len(names_of(here / "runs")) == 2
     for name in names_of(here / "runs"):
-        curves = [[line["loss"] for line in log_of(here / place / name) if "loss" in line] for place in ("one", "runs")]
+        curves = [[line["loss"] for line in log_of(name, runs) if "loss" in line] for runs in ("one", "runs")]
         assert len(curves[0]) == 12 and np.abs(np.subtract(*curves)).max() < 1e-5
     first, second = (re.findall("step 1 of at most 12: loss ([0-9.]+)", said.stderr) for said in (one, two))
     assert first == second and len(first) == 2 and one.stdout == two.stdout
 
 
 def test_ctrl_c_under_torchrun_saves_the_step_of_all_and_resume_goes_on_to_the_same_bits(rte, here):
-    flags = [*rte, "--max-steps", "300"]
+    flags = [*rte, "--batch-size", "4", "--epochs", "20"]
     whole = shell(*torchrun(*flags, "--name", "whole")[1:])
     assert whole.returncode == 0, whole.stderr
     command = torchrun(*flags, "--name", "x")

@@ -146,7 +146,7 @@ def read_resume(path, tensors, order, progress, most):
             value = saved["progress"][name]
             if type(value) is not type(default) or (name in most and not 0 <= value <= most[name]):
                 raise KeyError(f"{name} of {value}")
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit this run ({error}); delete it to begin again") from None
     for name, tensor in tensors.items():
         tensor.copy_(saved["tensors"][name])
