@@ -223,7 +223,7 @@ def check(settings):
     if "train" not in get_task(settings.task).splits:
         raise InputError(f"--task {settings.task}: it has no training set; choose another")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
-        raise InputError(f"--data-dir {settings.data_dir}: expected a folder with the task's files, found none")
+        raise InputError(f"--data-dir {settings.data_dir}: expected a folder with the task's files")
     if settings.exit not in exits:
         raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
                          + " or ".join(exits))
@@ -495,17 +495,6 @@ THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned":
 SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
           "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
           "learned": [n / 20 for n in range(20)]}
-
-
-def sweep(settings, criterion, logits, lam, labels):
-    """Score and mean layer for every threshold of an exit, from arrays of full depth -> list of dicts"""
-    rows = []
-    for value in SWEEPS[criterion]:
-        changed = dataclasses.replace(settings, **{THRESHOLDS[criterion]: value})
-        metrics, mean_layer = mean_scores(criterion, changed, logits, lam, labels)
-        rows.append({criterion: value, "score": metrics["score"], "mean_layer": mean_layer,
-                     "speed_up": lam.shape[1] / mean_layer})
-    return rows
 
 
 # ---- commands ----

@@ -37,11 +37,12 @@ import torch.distributed as dist
 from checkpoint import InputError, atomic_write, read_torch, sha256_file, write_safetensors
 from fast import pad, upload
 from glue import buckets, load
+from paper import study
 from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
-from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, autocast, changed_settings, check,
-                 choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
-                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name, say, splits_of,
-                 write_json)
+from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, all_layers, autocast, changed_settings,
+                 check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
+                 make_settings, model_type, open_run, origin_of, read_run, read_split, run_main, run_name,
+                 say, splits_of, write_json)
 
 try:
     import fcntl
@@ -252,7 +253,8 @@ class Training:
             examples = load(self.settings.task, "train", self.settings.data_dir)
             origin = origin_of(self.settings)
             self.tokenizer, self.model = make_model(self.settings, self.folder, examples)
-            write_json(self.folder / "run.json", describe(self.settings, self.device) | origin)
+            values = describe(self.settings, self.device) | {"encoder": model_type(self.folder)} | origin
+            write_json(self.folder / "run.json", values)
         return self.folder, None
 
     def close(self):
@@ -361,18 +363,20 @@ class Training:
         return on_rank_0(self.finish)
 
     def finish(self):
-        """Rank 0 alone: the results of the best epoch's weights, with which the run is finished"""
-        fill(self.model, self.folder / "model.safetensors", self.device)
-        results, _ = evaluate(self.model, self.settings, self.dev, self.settings.exits)
-        values, progress = read_run(self.folder)[1], self.progress
+        """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
+        settings, progress, values = self.settings, self.progress, read_run(self.folder)[1]
+        model = fill(self.model, self.folder / "model.safetensors", self.device).eval()
+        outputs = {split: (*all_layers(model, inputs, precision=settings.precision), labels)
+                   for split, (inputs, labels) in self.dev.items()}
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
-        values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch, "dev": results,
+        values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch,
                    "best_epoch": progress.best_epoch,
                    "files": {name: sha256_file(self.folder / name) for name in sorted(kept)}}
+        values |= study(settings, outputs)
         write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
         say(f"the best epoch was {progress.best_epoch}, and with its weights:")
-        return results
+        return values["dev"]
 
 
 def run(settings, folder=None):
