@@ -1628,7 +1628,7 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
     for name, score in (("cola", 60), ("cola--seed1", 61), ("cola--methodfinetune", 99)):   # another system
         path = here / "runs" / name / "run.json"
         path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
-    with pytest.raises(InputError, match="of pabee with albert-base-v2 on GLUE under runs/, found models: none"):
+    with pytest.raises(InputError, match="of pabee with albert-base-v2 under runs/, found models: none"):
         evaluation.main(["--submit", "glue.zip", "--method", "pabee"])
     capsys.readouterr()
     evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
