@@ -1471,7 +1471,7 @@ def test_a_bad_row_of_a_file_is_one_sentence_before_any_work_and_older_answers_s
     ("--run x --plot q", "--run does nothing"), ("--sweep --bench", "--bench does nothing beside --sweep"),
     ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
     ("--sweep --q 0.3", "--q does nothing"), ("--output x", "with --input"), ("--text-b x", "with --text"),
-    ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished runs of palbert"),
+    ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished GLUE runs of palbert"),
     ("--run x", "no run 'x'"), ("", "no run with"), ("--table --runs x", "--runs x: expected a folder")])
 def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
     with pytest.raises(InputError, match=words):
@@ -1628,7 +1628,7 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
     for name, score in (("cola", 60), ("cola--seed1", 61), ("cola--methodfinetune", 99)):   # another system
         path = here / "runs" / name / "run.json"
         path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
-    with pytest.raises(InputError, match="of pabee with albert-base-v2 under runs/, found models: none"):
+    with pytest.raises(InputError, match="of pabee with albert-base-v2 in runs/, found models: none"):
         evaluation.main(["--submit", "glue.zip", "--method", "pabee"])
     capsys.readouterr()
     evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
