@@ -1332,7 +1332,11 @@ def test_every_way_has_run_once_before_it_is_timed(runs, monkeypatch, capsys):
 
 def test_the_precision_that_is_given_overrides_the_runs_in_every_pass(runs, monkeypatch, capsys):
     seen, real = set(), run_module.autocast
-    watched = lambda device, precision=None: seen.add(precision) or real(device, "float32")
+
+    def watched(device, precision=None):
+        seen.add(precision)
+        return real(device, "float32")
+
     monkeypatch.setattr(run_module, "autocast", watched)
     asked(capsys, "--run", "palbert", "--precision", "bf16")
     assert seen == {"bf16"}
