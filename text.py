@@ -4,7 +4,6 @@ The ids are those of the slow tokenizers of transformers 4.57.6 (its fast ones g
 thing: the string of a special token, such as "[SEP]", is plain text in a text.
 """
 
-import contextlib
 import functools
 import gc
 import io
@@ -18,33 +17,7 @@ from unicodedata import category, combining, normalize
 
 import sentencepiece
 
-from checkpoint import InputError, atomic_write, read_json
-
-
-# ---- until these come from checkpoint.py ----
-
-def shorten(value):
-    return value if len(value) <= 80 else value[:77] + "..."
-
-
-_short = shorten    # glue.py's
-
-
-def check(good, reason):
-    if not good:
-        raise ValueError(reason)
-
-
-@contextlib.contextmanager
-def guard(path, what):
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        raise InputError(f"{path}: not a whole {what} ({shorten(str(error))}); get it again") from error
+from checkpoint import InputError, atomic_write, check, guard, read_json, shorten
 
 
 # ---- what the three share ----
