@@ -1,223 +1,337 @@
-"""Ask a finished run: its scores and exit layers, its speed, one sentence explained, tables, figures, a submission.
+"""Ask a finished run, or all of them.
 
-    python eval.py --q 0.5                             the newest run on its dev set, with early exit for real
-    python eval.py --text "A." --text-b "B."           where one input exits, and why
-    python eval.py --sweep                             score and mean layer for every q, from one pass
-    python eval.py --bench                             examples per second, full depth and early exit, by batch size
-    python eval.py --table | --plot q | --submit glue.zip    over all runs under runs/
+    python eval.py --q 0.5                  the newest run on its dev set, with
+                                            early exit for real
+    python eval.py --text "A" --text-b "B"  where one input exits, and why
+    python eval.py --input F.tsv            label, probability and exit layer
+                                            of every row of a file
+    python eval.py --sweep                  score and mean layer for each q, in
+                                            one pass, and what each layer scores
+    python eval.py --bench                  examples per second, by batch size
+    python eval.py --table                  the paper's tables and all systems
+    python eval.py --plot q                 a figure over all runs
+    python eval.py --submit glue.zip        what GLUE's server takes
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import functools
+import itertools
 import json
-import statistics
+import math
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import paper
-from checkpoint import InputError
-from glue import TASKS, write_submission
+from checkpoint import InputError, atomic_write
+from glue import SUBMISSION, answers, load, read_inputs, write_submission
 from ponder import exit_distribution
-from run import (EXITS, SWEEPS, Parser, all_layers, apply_exit, autocast, choose_device, find_run, load_run, make_rule, predict_all,
-                 read_split, run_main, say, scores, splits_of, sweep, timed)
+from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
+                 device_name, find_run, flag, get_task, load_run, make_rule, make_settings, predict_all,
+                 read_run, read_split, run_main, say, splits_of, timed)
+
+CHUNK = 4096        # rows of --input that are held at a time
 
 
 # ---- one run, one split ----
 
-def undecided(exit, settings, logits, lam):
-    """(N,L) bool: where the rule decides by less than 1e-5, so that another order of summation may decide otherwise"""
-    if exit == "q":
-        return (exit_distribution(lam).cumsum(1) - settings.q).abs() < 1e-5
-    if exit == "sample":
-        u, = make_rule(exit, settings, lam.shape[1]).start(*lam.shape, lam.device)
-        return (lam - u).abs() < 1e-5
-    if exit == "entropy":
-        return (torch.special.entr(logits.softmax(2)).sum(2) - settings.entropy).abs() < 1e-5
-    if exit == "patience" and logits.shape[2] > 1:
-        best, second = logits.topk(2, dim=2).values.unbind(2)
-        return best - second < 1e-5
-    if exit == "patience":
-        return (logits[:, :, 0].diff(dim=1, prepend=logits[:, :1, 0]).abs() - settings.tolerance).abs() < 1e-5
-    return torch.zeros_like(lam, dtype=torch.bool)
+def first_line(folder, device):
+    """Which run is read, which epoch's weights it has, and where they compute"""
+    values, log = read_run(folder)[1], folder / "metrics.jsonl"
+    if values.get("finished"):
+        return f"{folder}, epoch {values.get('best_epoch', 'unknown')}, on {device_name(device)}"
+    epoch = "unknown"
+    with contextlib.suppress(OSError, ValueError):                  # a lost or cut log is no reason to stop
+        lines = [json.loads(line) for line in log.read_text().splitlines() if '"dev"' in line]
+        epoch = max(lines, key=lambda line: line["dev"]["score"])["epoch"]
+    return f"{folder}, UNFINISHED, its best epoch so far {epoch}, on {device_name(device)}"
 
 
-def exit_statistics(model, settings, split, inputs, labels, exits, batch_size):
-    """{exit: result} over a split. Each exit is computed from one pass of full depth, run again with real early exit, and compared: in
-    float32 a row that leaves elsewhere, undecided() aside, is an error; in bf16 such rows are counted."""
-    all_layers(model, inputs[:batch_size], batch_size)                  # the first call pays for what later ones reuse
-    full_seconds, (logits, lam) = timed(model, lambda: all_layers(model, inputs, batch_size))
-    results = {}
-    for exit in exits:
-        outputs, layers = apply_exit(exit, settings, logits, lam)
-        seconds = full_seconds
-        if exit != "expectation":                                       # which needs every layer
-            seconds, (real_outputs, real_layers) = timed(model, lambda: predict_all(model, settings, exit, inputs, batch_size))
-            differ = (layers != real_layers) & ~undecided(exit, settings, logits, lam).any(1)
-            differ |= (layers == real_layers) & ~torch.isclose(outputs, real_outputs, rtol=1e-3, atol=1e-3).all(1)
-            count = int(differ.sum())
-            if count and autocast(next(model.parameters()).device)._enabled:
-                say(f"{exit}: in bf16 {count} of {len(inputs)} rows leave elsewhere than the pass of full depth says")
-            elif count:
-                raise RuntimeError(f"early exit by {exit} disagrees with the pass of full depth on {count} rows of {split}, the first "
-                                   f"row {int(differ.nonzero()[0])}: a fault in this code; please report it")
-            outputs, layers = real_outputs, real_layers
-        metrics = scores(settings.task, outputs, labels) if labels[0] is not None else {"score": None}
-        results[exit] = {"metrics": metrics, "score": metrics.pop("score"), "mean_layer": layers.float().mean().item(),
-                         "layers": torch.bincount(layers, minlength=model.num_layers + 1)[1:].tolist(),
-                         "seconds": seconds, "seconds_full_depth": full_seconds}
+def read_splits(settings, tokenizer, split):
+    """{split: (inputs, labels)} of the splits that a name means; MNLI's dev and test are two each"""
+    return {name: read_split(settings, tokenizer, name) for name in splits_of(settings.task, split)}
+
+
+def exit_statistics(model, settings, splits, batch_size):
+    """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full
+    depth. Then each exit runs for real and is timed; `differ` counts the rows that leave elsewhere than that
+    pass says. Every way runs once before it is timed."""
+    inputs = [row for rows, _ in splits.values() for row in rows]
+    whole = functools.partial(all_layers, model, batch_size=batch_size, precision=settings.precision)
+    whole(inputs[:batch_size])
+    full_seconds, (logits, lam) = timed(model, lambda: whole(inputs))
+    sizes, results = [len(rows) for rows, _ in splits.values()], {}
+    arrays = [*zip(splits, logits.split(sizes), lam.split(sizes), [labels for _, labels in splits.values()])]
+    for criterion in settings.exits:
+        _, layers = apply_exit(criterion, settings, logits, lam)
+        seconds, differ = full_seconds, 0
+        if criterion != "expectation":                              # which needs every layer
+            early = functools.partial(predict_all, model, settings, criterion, batch_size=batch_size)
+            early(inputs=inputs[:batch_size])
+            seconds, (_, real) = timed(model, lambda: early(inputs=inputs))
+            differ = int((layers != real).sum())
+        parts = [paper.exit_result(criterion, settings, *rest, split) for split, *rest in arrays]
+        found = paper.mean_of(parts)
+        found["metrics"] = paper.mean_of(list(found["metrics"].values()))       # MNLI's two splits as one
+        counts = [round(share * len(inputs), 2) for share in found.pop("histogram")]
+        results[criterion] = {**found, "layers": counts, "differ": differ, "seconds": seconds,
+                              "seconds_full_depth": full_seconds}
     return results
 
 
-def over_splits(results):
-    """One result of several splits' (MNLI has two): scores and mean layers averaged by split, counts and seconds added."""
-    if len(results) == 1:
-        return next(iter(results.values()))
-    mean = lambda key: None if any(r[key] is None for r in results.values()) else statistics.mean(r[key] for r in results.values())
-    return {"metrics": {f"{name}_{split}": value for split, r in results.items() for name, value in r["metrics"].items()},
-            "score": mean("score"), "mean_layer": mean("mean_layer"), "layers": [sum(c) for c in zip(*(r["layers"] for r in results.values()))],
-            "seconds": sum(r["seconds"] for r in results.values()), "seconds_full_depth": sum(r["seconds_full_depth"] for r in results.values())}
-
-
-def report(model, settings, tokenizer, exit, split, batch_size, as_json):
-    """The table of every exit of a run on a split; with as_json the chosen exit as one JSON object on stdout, the table on stderr."""
-    by_split = {}
-    for name in splits_of(settings.task, split):
-        inputs, labels = read_split(settings, tokenizer, name)
-        by_split[name] = exit_statistics(model, settings, name, inputs, labels, settings.exits, batch_size)
-    results = {name: over_splits({split: result[name] for split, result in by_split.items()}) for name in settings.exits}
-    out = sys.stderr if as_json else sys.stdout
-    print(f"{settings.task} {split}, {model.num_layers} layers, batch {batch_size}", file=out)
-    print(f"{'':2}{'exit':<16} {'score':>6} {'mean layer':>11} {'layers saved':>13} {'seconds':>9} {'full depth':>11} {'faster':>7}", file=out)
+def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
+    """The table of every exit of a run on a split; as_json: the chosen one on stdout, the table on stderr"""
+    results = exit_statistics(model, settings, read_splits(settings, tokenizer, split), batch_size)
+    L, out = model.num_layers, sys.stderr if as_json else sys.stdout
+    print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
+          "layers saved  seconds  full depth  faster  rows that differ", file=out)
     for name, r in results.items():
-        label = name + {"q": f" {settings.q:g}", "patience": f" {settings.patience}", "entropy": f" {settings.entropy:g}"}.get(name, "")
+        label = f"{name} {getattr(settings, THRESHOLDS[name]):g}" if name in THRESHOLDS else name
         score = "-" if r["score"] is None else f"{r['score']:.1f}"
-        print(f"{'>' if name == exit else '':2}{label:<16} {score:>6} {r['mean_layer']:>11.2f} {model.num_layers / r['mean_layer']:>12.2f}x "
-              f"{r['seconds']:>9.2f} {r['seconds_full_depth']:>11.2f} {r['seconds_full_depth'] / r['seconds']:>6.2f}x", file=out)
+        print(f"{'>' if name == criterion else ' '} {label:<15} {score:>6} {r['mean_layer']:>11.2f} "
+              f"{L / r['mean_layer']:>12.2f}x {r['seconds']:>8.2f} {r['seconds_full_depth']:>11.2f} "
+              f"{r['seconds_full_depth'] / r['seconds']:>6.2f}x {r['differ']:>17}", file=out)
     if as_json:
-        print(json.dumps({"task": settings.task, "split": split, "exit": exit, "q": settings.q} | results[exit]))
+        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "q": settings.q,
+                          **results[criterion]}))
 
 
-def explain(model, settings, tokenizer, exit, text_a, text_b):
-    """One input, layer by layer: lambda, p, the CDF as a bar against q, and that layer's prediction."""
-    task = TASKS[settings.task]
-    if task.pair and text_b is None or not task.pair and text_b is not None:
-        raise InputError(f"--text-b: {task.name} takes {'two texts, --text and --text-b' if task.pair else 'one text, --text alone'}")
-    if exit == "expectation":
-        raise InputError("--exit expectation: it reads every layer, so there is no exit to explain; use q, sample or last")
-    inputs = [tokenizer.encode(text_a, text_b, settings.max_length)]
-    logits, lam = all_layers(model, inputs)
-    _, (layer,) = apply_exit(exit, settings, logits, lam)
-    p = exit_distribution(lam)[0]
-    cdf = p.cumsum(0)
-
-    def prediction(i):
-        if task.num_labels == 1:
-            return f"{logits[0, i, 0]:.2f}"
-        probabilities = logits[0, i].softmax(0)
-        return f"{task.labels[int(probabilities.argmax())]} ({probabilities.max():.0%})"
-
-    print(f"{' '.join(tokenizer.tokens(inputs[0][0]))}\n{prediction(layer - 1)} at layer {layer} of {model.num_layers}, by {exit} exit\n")
-    print(f"{'layer':>5} {'lambda':>7} {'p':>6} {'CDF':>6}  {f'against q = {settings.q:g}':<42} prediction")
-    for i in range(model.num_layers):
-        bar = ["█" if n < round(cdf[i].item() * 40) else "·" for n in range(40)]
-        bar.insert(round(settings.q * 40), "|")
-        print(f"{i + 1:>5} {lam[0, i]:>7.3f} {p[i]:>6.3f} {cdf[i]:>6.3f}  {''.join(bar):<42} {prediction(i)}{'  <- exit' if i + 1 == layer else ''}")
-
-
-def print_sweep(model, settings, tokenizer, exit, split, batch_size, as_json):
-    if exit not in SWEEPS:
-        others = [name for name in settings.exits if name in SWEEPS]
-        raise InputError(f"--sweep: exit {exit} has nothing to sweep; " + (f"expected --exit {' or '.join(others)}" if others else
-                         f"nor has any other exit of {settings.method}"))
-    tables = []
-    for name in splits_of(settings.task, split):
-        inputs, labels = read_split(settings, tokenizer, name)
+def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json):
+    """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
+    if criterion not in SWEEPS:
+        others = [f"--exit {name}" for name in settings.exits if name in SWEEPS] or ["another run"]
+        raise InputError(f"--sweep: exit {criterion} has no threshold; use {' or '.join(others)}")
+    arrays = {}
+    for name, (inputs, labels) in read_splits(settings, tokenizer, split).items():
         if labels[0] is None:
-            raise InputError(f"--sweep: {settings.task} {name} has no labels; use --split dev")
-        tables.append(sweep(settings, exit, *all_layers(model, inputs, batch_size), labels))
-    rows = [{key: statistics.mean(row[key] for row in same) for key in same[0]} for same in zip(*tables)]
+            raise InputError(f"--split {split}: {settings.task} {name} has no labels; use --split dev")
+        arrays[name] = *all_layers(model, inputs, batch_size, settings.precision), labels
+    study = paper.study(settings, arrays)
+    rows, fixed, oracle = study["sweep"][criterion], study["by_layer"], study["oracle"]
     best = max(rows, key=lambda row: (row["score"], -row["mean_layer"]))
     if as_json:
-        print(json.dumps({"task": settings.task, "split": split, "exit": exit, "rows": rows, "best": best}))
+        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows,
+                          "best": best, "by_layer": fixed, "oracle": oracle}))
         return
-    print(f"{exit:>9} {'score':>6} {'mean layer':>11} {'speed-up':>9}")
+    print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in rows:
-        print(f"{row[exit]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x{'  <- best' if row is best else ''}")
+        print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
+              f"{row['dealt']:>34.1f}{'  <- best' if row is best else ''}")
+    print(f"\nevery fixed layer, 1 to {len(fixed)}: {' '.join(f'{score:.1f}' for score in fixed)}\n"
+          f"the first right layer of each row: {oracle['score']:.1f} at {oracle['mean_layer']:.2f}")
+
+
+# ---- sentences ----
+
+def criterion_values(criterion, settings, logits, lam):
+    """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
+    value at which it stops (or None), the largest value possible. The last layer's exit looks at nothing; the
+    entropy stands there."""
+    L, C = logits.shape[1:]
+    rule = make_rule(criterion, settings, L)
+    state, stop = rule.start(1, L, lam.device), getattr(settings, THRESHOLDS.get(criterion, ""), None)
+    if criterion == "q":
+        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop, 1
+    if criterion == "sample":
+        return "u < lambda", state[0][0].tolist(), None, 1
+    if criterion == "learned":
+        return "certainty", lam[0].tolist(), stop, 1
+    if criterion == "patience":
+        agreed = []
+        for i in range(L):
+            state, _ = rule.step(state, torch.tensor([i + 1]), lam[:, i], logits[:, i])
+            agreed.append(int(state[1]))
+        return "agreed", agreed, stop, max(stop, L - 1)
+    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop, max(math.log(C), 1e-9)
+
+
+def worded(task, outputs, are_logits=True):
+    """Outputs (N,C) as [(word, probability)], of regression [(number, None)]"""
+    if task.num_labels == 1:
+        return [(f"{value:.3f}", None) for value in outputs[:, 0].tolist()]
+    best = (outputs.softmax(1) if are_logits else outputs).max(1)
+    return [(task.labels[index], p) for p, index in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def explain(model, settings, tokenizer, criterion, text_a, text_b):
+    """One input, layer by layer: lambda and p if there are, what the exit looks at, the prediction"""
+    task, L = get_task(settings.task), model.num_layers
+    if task.pair != (text_b is not None):
+        wanted = "two texts, --text and --text-b" if task.pair else "one text, --text alone"
+        raise InputError(f"--text-b: {task.name} takes {wanted}")
+    if criterion == "expectation":
+        raise InputError("--exit expectation: it reads every layer, so no exit explains it; use another")
+    inputs = [tokenizer.encode(text_a, text_b, settings.max_length)]
+    logits, lam = all_layers(model, inputs, precision=settings.precision)
+    p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
+    name, values, stop, most = criterion_values(criterion, settings, logits, lam)
+    predictions = [word if p is None else f"{word} ({p:.0%})" for word, p in worded(task, logits[0])]
+    print(f"{' '.join(tokenizer.tokens(inputs[0][0]))}\n{predictions[layer - 1]} at layer {layer} of {L}, "
+          f"by {criterion} exit\n")
+    against, ponders = "" if stop is None else f"stops at {stop:g}", "q" in settings.exits
+    print(f"layer {' lambda      p' if ponders else ''} {name:>10}  {against:<42} prediction")
+    for i, value in enumerate(values):
+        length = round(40 * value / most)
+        bar = list("█" * length + "·" * (40 - length))
+        if stop is not None:
+            bar.insert(min(40, round(40 * stop / most)), "|")
+        method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if ponders else ""
+        print(f"{i + 1:>5} {method} {value:>10.3g}  {''.join(bar):<42} {predictions[i]}"
+              f"{'  <- exit' if i + 1 == layer else ''}")
+
+
+def predict_rows(model, settings, inputs, criterion, batch_size):
+    """Early exit for real, or every layer for the expectation: outputs (N,C), layers (N,)"""
+    if criterion == "expectation":
+        return apply_exit(criterion, settings, *all_layers(model, inputs, batch_size, settings.precision))
+    return predict_all(model, settings, criterion, inputs, batch_size)
+
+
+def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
+    """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
+    task, started, done = get_task(settings.task), time.time(), 0
+    total, rows = sum(1 for _ in read_inputs(path, settings.task)), read_inputs(path, settings.task)
+    target = contextlib.nullcontext(sys.stdout.buffer) if output is None else atomic_write(Path(output))
+    with target as file:
+        file.write(b"value\tlayer\n" if task.num_labels == 1 else b"label\tprobability\tlayer\n")
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            inputs = tokenizer.encode_all(chunk, settings.max_length)
+            drawn = dataclasses.replace(settings, seed=settings.seed + done)    # sampling draws anew
+            outputs, layers = predict_rows(model, drawn, inputs, criterion, batch_size)
+            for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
+                file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
+            done += len(chunk)
+            pace = (time.time() - started) / done
+            left = datetime.timedelta(seconds=round(pace * (total - done)))
+            say(f"{done} of {total} rows, {1 / pace:.0f} a second, {left} to go")
+        file.flush()
 
 
 # ---- all runs: a submission ----
 
-def submit(path, device, data_dir, batch_size):
-    """The zip for GLUE's server from the best run of each task on dev, by its own exit; AX is predicted by the MNLI run."""
-    best = {}
-    for folder, settings, dev in paper.finished_runs():
-        if settings.task not in best or dev[settings.exit]["score"] > best[settings.task][1]:
-            best[settings.task] = folder, dev[settings.exit]["score"]
-    best.pop("parity", None)
-    predictions = {}
-    for task, (folder, score) in best.items():
-        settings, tokenizer, model = load_run(folder, device)
-        settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
-        say(f"{task}: {folder}, dev {score:.1f} by {settings.exit}")
-        for name, split in [(task, split) for split in TASKS[task].test_splits] + ([("ax", "test")] if task == "mnli" else []):
-            inputs, _ = read_split(dataclasses.replace(settings, task=name) if name == "ax" else settings, tokenizer, split)
-            if settings.exit == "expectation":
-                outputs, _ = apply_exit("expectation", settings, *all_layers(model, inputs, batch_size))
-            else:
-                outputs, _ = predict_all(model, settings, settings.exit, inputs, batch_size)
-            predictions[name, split] = outputs[:, 0].numpy() if outputs.shape[1] == 1 else outputs.argmax(1).numpy()
-    missing = write_submission(path, predictions)
-    print(f"{path}: {len(predictions)} files" + (f"; not in it, for want of a run: {', '.join(missing)}" if missing else ""))
+def submit(path, root, method, model, device, batch_size, changed):
+    """The zip for GLUE's server of one system, a method's preset with one model: the best seed on dev of each
+    task's cell. MNLI's run predicts AX, too. All files are read before anything is predicted."""
+    found, best, predictions = paper.cells(paper.finished_runs(root)), {}, {}
+    for task, name, _ in found:
+        seeds = paper.seeds_of(found, task, name, {"method": method})
+        if seeds and any(task == other for other, _ in SUBMISSION.values()):
+            best.setdefault(name, {})[task] = max(seeds, key=lambda run: run.score)
+    name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
+    if name not in best:
+        raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
+                         f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
+    jobs = []
+    for task, run in best[name].items():
+        keys = [key for key in SUBMISSION.values() if key[0] == task or (task == "mnli" and key[0] == "ax")]
+        data_dir = changed.get("data_dir", run.settings.data_dir)
+        jobs.append((run, {key: load(*key, data_dir) for key in keys}))
+    for run, files in jobs:
+        say(f"{run.folder}, dev {run.score:.1f} by {run.settings.exit}")
+        settings, tokenizer, model = load_run(run.folder, device)
+        settings = dataclasses.replace(settings, **changed)
+        for key, examples in files.items():
+            inputs = tokenizer.encode_all(examples, settings.max_length)
+            outputs, _ = predict_rows(model, settings, inputs, settings.exit, batch_size)
+            predictions[key] = answers(outputs)
+    missing = ", ".join(write_submission(path, predictions)) or "none"
+    print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
 
 # ---- the command ----
 
+ONE, MODEL = "report text input bench sweep", "report text input bench sweep plot submit"
+FLAGS = {       # flag: what it takes, the uses of the command that read it, what it means
+    "text": (str, "text", "explain one input"),
+    "input": (str, "input", "answer a file; its header has sentence, or sentence1 and sentence2"),
+    "sweep": (None, "sweep", "each threshold, every fixed layer, and what choosing rows is worth"),
+    "bench": (None, "bench", "examples per second of every way of inference"),
+    "table": (None, "table", "Tables 1 to 3 and every system that was run, in Markdown"),
+    "plot": (("q", "speedup", "prior", "distribution", "negations"), "plot", "Fig. 2, 3, 4, 5, or parity's"),
+    "submit": (str, "submit", "write the zip for GLUE's server, of one system"),
+    "run": (str, ONE, "name or folder of the run [the newest]"),
+    "exit": (str, ONE, "the exit that is asked about [the run's own, or that of a given threshold]"),
+    **{name: (None, "report text input bench", "") for name in THRESHOLDS.values()},
+    "split": (str, "report bench sweep", "dev, test or train [dev]"),
+    "json": (None, "report sweep", "one JSON object on stdout, all else on stderr"),
+    "text_b": (str, "text", "the second text, for tasks of pairs"),
+    "output": (str, "input", "the file of the answers [stdout]"),
+    "runs": (str, "table plot submit", "the folder of all runs, or of their run.json files [runs]"),
+    "out": (str, "plot", "the figure's file [RUNS/FIGURE.png]"),
+    "method": (str, "submit", "whose preset is submitted [palbert]"),
+    "model": (str, "submit", "with which model [albert-base-v2, or the only one]"),
+    "batch_size": (int, "report input sweep plot submit", "rows computed together [32]"),
+    "device": (str, MODEL, "cuda, cuda:N, mps or cpu [the first that is there]"),
+    "precision": (str, MODEL, "float32 or bf16 [the run's]"),
+    "data_dir": (str, "report bench sweep plot submit", "folder with the GLUE files [the run's]"),
+}
+
+
+def parse_flags(argv):
+    """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does
+    not read and for a value out of its range, before anything is looked for."""
+    parser = Parser("eval.py", __doc__)
+    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
+    types = {field.name: field for field in dataclasses.fields(Settings)}
+    for name, (kind, _, meaning) in FLAGS.items():
+        if name in THRESHOLDS.values():
+            kind, meaning = types[name].type, types[name].metadata["meaning"] + " [the run's]"
+        more = {"action": "store_true"} if kind is None else {"type": kind, "metavar": "X"}
+        if isinstance(kind, tuple):
+            more = {"choices": kind}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
+    given = vars(parser.parse_args(argv))
+    use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
+    for name in given:
+        if use not in FLAGS[name][1].split():
+            others = " or ".join(flag(other) for other in FLAGS[name][1].split())
+            where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
+            raise InputError(f"{flag(name)} does nothing {where}")
+    make_settings(**{name: value for name, value in given.items() if name in types})
+    return use, given
+
+
 def main(argv=None):
-    parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run", help="name or folder of the run (default: the newest)")
-    parser.add_argument("--q", type=float, help="threshold of Q-exit, above 0 and up to 1 (default: the run's)")
-    parser.add_argument("--patience", type=int, help="PABEE's t, from 1 (default: the run's)")
-    parser.add_argument("--entropy", type=float, help="threshold of entropy exit in nats, above 0 (default: the run's)")
-    parser.add_argument("--exit", choices=EXITS, help="the exit that --json, --text and --sweep speak of (default: the run's own, or the one "
-                                                      "whose threshold is given)")
-    parser.add_argument("--split", default="dev", help="the split, e.g. dev, test or train (default: dev; for MNLI dev and test mean both)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows computed together, from 1 (default: 32)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-    parser.add_argument("--data-dir", help="folder with the GLUE files (default: the run's)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
-    parser.add_argument("--text", metavar="A", help="explain one input")
-    parser.add_argument("--text-b", metavar="B", help="its second text, for tasks of pairs")
-    parser.add_argument("--bench", action="store_true", help="examples per second of every way of inference, by batch size")
-    parser.add_argument("--sweep", action="store_true", help="score, mean layer and speed-up for every q (or patience, or entropy)")
-    parser.add_argument("--table", action="store_true", help="Tables 1 to 3 of the paper in Markdown, with all runs under runs/")
-    parser.add_argument("--plot", choices=("q", "speedup", "prior", "distribution", "negations"), help="draw a figure over all runs under runs/")
-    parser.add_argument("--submit", metavar="FILE.zip", help="write the zip for GLUE's server from the best run of each task")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: expected a whole number from 1")
-    device = choose_device(args.device)
-    if args.table:
-        return paper.print_tables()
-    if args.plot:
-        return paper.plot(args.plot, device, args.data_dir, args.batch_size)
-    if args.submit:
-        return submit(Path(args.submit), device, args.data_dir, args.batch_size)
-    settings, tokenizer, model = load_run(find_run(args.run), device)
-    given = {name: getattr(args, name) for name in ("q", "patience", "entropy", "data_dir") if getattr(args, name) is not None}
-    settings = dataclasses.replace(settings, **given)
-    exit = args.exit or next((name for name in ("q", "patience", "entropy") if name in given), settings.exit)
-    if exit not in settings.exits:
-        raise InputError(f"--exit {exit}: a run of {settings.method} on {settings.task} exits by {', '.join(settings.exits)}")
-    if args.text is not None:
-        explain(model, settings, tokenizer, exit, args.text, args.text_b)
-    elif args.bench:
-        paper.bench(model, settings, tokenizer, exit, args.split)
-    elif args.sweep:
-        print_sweep(model, settings, tokenizer, exit, args.split, args.batch_size, args.json)
+    use, given = parse_flags(argv)
+    device, root = choose_device(given.get("device")), Path(given.get("runs", RUNS))
+    batch_size, split, as_json = given.get("batch_size", 32), given.get("split", "dev"), "json" in given
+    changed = {name: given[name] for name in (*THRESHOLDS.values(), "data_dir", "precision") if name in given}
+    if "runs" in given and not root.is_dir():
+        raise InputError(f"--runs {root}: expected a folder of runs, or of their run.json files, found none")
+    if use == "table":
+        return paper.print_tables(root)
+    if use == "plot":
+        return paper.plot(given["plot"], root, given.get("out"), device, batch_size, changed)
+    if use == "submit":
+        method, model = given.get("method", "palbert"), given.get("model")
+        return submit(given["submit"], root, method, model, device, batch_size, changed)
+    folder = find_run(given.get("run"))
+    settings, tokenizer, model = load_run(folder, device)
+    settings = dataclasses.replace(settings, **changed)
+    thresholds = [name for name in THRESHOLDS if THRESHOLDS[name] in given]
+    criterion = given.get("exit", thresholds[0] if thresholds else settings.exit)
+    for name in [criterion, *thresholds]:
+        if name not in settings.exits:
+            raise InputError(f"--exit {name}: a run of {settings.method} on {settings.task} exits by "
+                             f"{', '.join(settings.exits)}")
+        if name != criterion and use != "report":
+            raise InputError(f"{flag(THRESHOLDS[name])} does nothing with --exit {criterion}")
+    print(first_line(folder, device), file=sys.stderr if as_json or use == "input" else sys.stdout)
+    if use == "text":
+        explain(model, settings, tokenizer, criterion, given["text"], given.get("text_b"))
+    elif use == "input":
+        answer_file(model, settings, tokenizer, criterion, given["input"], given.get("output"), batch_size)
+    elif use == "bench":
+        paper.bench(model, settings, tokenizer, criterion, split)
+    elif use == "sweep":
+        print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json)
     else:
-        report(model, settings, tokenizer, exit, args.split, args.batch_size, args.json)
+        report(model, settings, tokenizer, criterion, split, batch_size, as_json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a run is: its settings, its folder, its model on a device, and its evaluation. train.py and eval.py stand on this file."""
+"""What a run is: its settings, its device, its folder and model, and its evaluation."""
 
 import argparse
 import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,299 +15,386 @@ from pathlib import Path
 import numpy
 import sentencepiece
 import torch
-import torch.distributed as dist
 
 import albert
 import bert
 from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
-from glue import TASKS, buckets, load, score, sources
-from text import load_tokenizer, train_tokenizer
 from fast import pad
-from ponder import (EntropyExit, FixedExit, PatienceExit, Ponder, QExit, SampleExit, exit_distribution, exit_layers,
-                    expected_prediction)
+from glue import answers, buckets, get_task, load, score, sources
+from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
+                    exit_distribution, exit_layers, expected_prediction)
+from text import load_tokenizer, train_tokenizer
 
 RUNS = Path("runs")
+METHODS = {     # what a method changes in Settings
+    "palbert": {},
+    "pondernet": {"lambda_layers": 1, "lambda_input": "current", "lambda_lr": None, "exit": "sample"},
+    "pabee": {"classifiers": "per_layer", "lambda_lr": None, "exit": "patience"},
+    "berxit": {"classifiers": "per_layer", "lambda_layers": 1, "lambda_input": "current", "lambda_lr": None,
+               "exit": "learned"},
+    "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
+}
+SCRATCH = {     # this project's own settings for models from scratch
+    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0,
+             "epochs": 2, "warmup": 100, "clip": 1.0},
+    "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
+}
+EXITS = ("q", "sample", "expectation", "patience", "entropy", "learned", "last")
+PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which changes no result
+DRAWS = 20      # of sampling, whose score is their mean: one draw is off by 1 to 2 points
 
 
 # ---- settings ----
 
-def setting(default, meaning, valid=None, expected=None):
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "valid": valid, "expected": expected})
-
-
-def choice(default, meaning, options):
-    return setting(default, meaning, lambda value: value in options, "one of " + ", ".join(options))
-
-
-def above(least, meaning, default):
-    return setting(default, meaning, lambda value: least < value < float("inf"), f"a number above {least}")
-
-
-def count(least, meaning, default, most=10**9):
-    return setting(default, meaning, lambda value: least <= value <= most, f"a whole number from {least}" + (f" to {most}" if most < 10**9 else ""))
-
-
-METHODS = {                                             # what each preset changes in Settings
-    "palbert": {},
-    "pondernet": {"lambda_layers": 1, "lambda_input": "current", "lambda_lr": None, "exit": "sample"},
-    "pabee": {"lambda_lr": None, "exit": "patience"},   # a classifier per layer
-    "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
-}
-SCRATCH = {                                             # this project's own settings for what is trained from scratch
-    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0, "epochs": 2, "warmup": 100, "clip": 1.0},
-    "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
-}
-EXITS = ("q", "sample", "expectation", "last", "patience", "entropy")
+def setting(default, allowed, meaning):
+    """A field of Settings; allowed: its words, or its least and greatest number, or None for any word"""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. Defaults are PALBERT's, as the paper and its released code (its RTE command) have them; --method
-    and a from-scratch --model change some, see METHODS and SCRATCH. None stands for what the text beside it says."""
+    """Everything that decides a run. The defaults are PALBERT's, as in the paper and the released command for
+    RTE; METHODS and SCRATCH say what --method and a model from scratch change."""
 
-    task: str = choice("parity", "the task", tuple(name for name in TASKS if name != "ax"))
-    model: str = setting(None, "a hub name, a folder with weights, or tiny | mini from scratch (default: tiny for parity, else albert-base-v2)")
-    method: str = choice("palbert", "the system, a preset of the settings below", tuple(METHODS))
-    layers: int = count(1, "layers to run; other than the model's only where layers are shared, e.g. 9 in Table 2 (default: the model's)", None, 1000)
-    lr: float = above(0, "Adam's rate, constant (grid of Table 4)", 1e-5)
-    lambda_lr: float = above(0, "the Lambda head's own rate (grid of Table 4); none: the rate of the rest", 1e-5)
-    batch_size: int = count(1, "examples a step (grid of Table 4)", 32)
-    beta: float = setting(0.5, "weight of the KL term (Table 4)", lambda v: 0 <= v < float("inf"), "a number of at least 0")
-    prior: float = setting(0.1, "lambda of the geometric prior (section 4.5)", lambda v: 0 < v < 1, "a number between 0 and 1")
-    lambda_layers: int = setting(3, "layers of the Lambda head (section 3.2)", lambda v: v in (1, 3), "1 or 3")
-    lambda_input: str = choice("concat", "what Lambda reads: h_i, or h_i and h_{i-1} (section 3.2)", ("current", "concat"))
-    exit: str = choice("q", "the exit by which the dev score stops and selects", EXITS)
-    q: float = setting(0.5, "threshold of Q-exit (section 3.1)", lambda v: 0 < v <= 1, "a number above 0 and up to 1")
-    patience: int = count(1, "PABEE's t: layers in a row that agree (section 4)", 6)
-    tolerance: float = above(0, "PABEE on regression: two layers agree within this (this project's)", 0.1)
-    entropy: float = above(0, "threshold of entropy exit in nats (this project's)", 0.3)
-    dropout: float = setting(0.1, "before the classifier and Lambda, and nowhere else (released code)", lambda v: 0 <= v < 1, "a number from 0, below 1")
-    epochs: int = count(1, "epochs at most (released code)", 25)
-    stop_after: int = count(1, "epochs without a better dev score before stopping (section 4)", 5)
-    max_length: int = count(8, "tokens a row, longer ones are truncated (released code)", 128, 512)
-    warmup: int = count(0, "steps in which the rate rises to its value (from scratch only; the paper has none)", 0)
-    clip: float = above(0, "gradient norm at most (from scratch only; the paper has none)", None)
-    max_steps: int = count(1, "end the run after this many steps", None)
-    seed: int = count(0, "seed of everything random", 0)
-    data_dir: str = setting(None, "folder with the GLUE files (default: download them)")
-    device: str = setting(None, "cuda, mps or cpu, also cuda:1 (default: the first that is there)")
-    save_every: int = count(1, "steps between two checkpoints, besides the one after each epoch", None)
+    task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
+    model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
+    method: str = setting("palbert", tuple(METHODS), "the system, a preset of the settings below")
+    seed: int = setting(0, (0, 10**9), "seed of everything random")
+    max_steps: int = setting(None, (1, 10**9), "steps after which the run ends")
+    save_every: int = setting(None, (1, 10**9), "steps between checkpoints, besides one an epoch")
+    data_dir: str = setting(None, None, "folder with the GLUE files; without it they are downloaded")
+    device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
+    precision: str = setting(None, ("float32", "bf16"), "without it bf16 where a GPU computes in it")
+    exit: str = setting("q", EXITS, "the exit whose dev score stops and selects")
+    q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
+    beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
+    prior: float = setting(0.1, (1e-9, 1 - 1e-9), "lambda of the geometric prior (section 4.5)")
+    cut: float = setting(0.05, (0, 0.99), "what is left of p where it is cut (section 3); 0: no cut")
+    lambda_layers: int = setting(3, (1, 3), "layers of the Lambda head (section 3.2)")
+    lambda_input: str = setting("concat", ("current", "concat"), "h_i, or h_i and h_{i-1} (section 3.2)")
+    layers: int = setting(None, (1, 1000), "layers to run, where layers are shared (Table 2 has 9)")
+    classifiers: str = setting("shared", ("shared", "per_layer"), "one in all or one a layer (section 5)")
+    patience: int = setting(6, (1, 10**9), "PABEE's t: layers in a row that agree (section 4)")
+    tolerance: float = setting(0.2, (1e-9, 1e9), "within which values agree for PABEE (released code)")
+    entropy: float = setting(0.3, (1e-9, 1e9), "threshold of entropy exit in nats (ours)")
+    certainty: float = setting(0.9, (0, 1), "threshold of BERxiT's learned exit (ours)")
+    dropout: float = setting(0.1, (0, 0.99), "before classifier and Lambda alone (released code)")
+    lr: float = setting(1e-5, (1e-12, 1e38), "Adam's rate, constant (Table 4)")
+    lambda_lr: float = setting(1e-5, (1e-12, 1e38), "Lambda's own rate (Table 4); none: that of the rest")
+    batch_size: int = setting(32, (1, 10**9), "examples a step (Table 4)")
+    epochs: int = setting(25, (1, 10**9), "epochs at most (released code)")
+    stop_after: int = setting(5, (1, 10**9), "epochs without a better dev score that end it (section 4)")
+    max_length: int = setting(128, (8, 512), "tokens a row; longer ones are truncated (released code)")
+    warmup: int = setting(0, (0, 10**9), "steps in which the rate rises (the paper has none)")
+    clip: float = setting(None, (1e-9, 1e9), "gradient norm at most (the paper has none)")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, valid = getattr(self, field.name), field.metadata["valid"]
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
             if value is None and (field.default is None or field.name == "lambda_lr"):
                 continue
-            if not isinstance(value, (int, float) if field.type is float else field.type) or isinstance(value, bool) or valid and not valid(value):
-                raise InputError(f"--{field.name.replace('_', '-')} {value}: expected {field.metadata['expected'] or 'a word'}")
-        if self.exit in ("patience", "entropy") and self.method != "pabee" or self.exit in ("q", "sample", "expectation") and not self.has_lambda:
-            raise InputError(f"--exit {self.exit}: method {self.method} exits by {' or '.join(self.exits)}")
-        if self.exit == "entropy" and TASKS[self.task].num_labels == 1:
-            raise InputError(f"--exit entropy: {self.task} is a regression task and has no classes; use patience or last")
+            good = isinstance(value, (int, float) if field.type is float else field.type)
+            if allowed is None:
+                good, expected = good and value != "", "a word"
+            elif field.type is str:
+                good, expected = value in allowed, "one of " + ", ".join(allowed)
+            else:
+                good = good and not isinstance(value, bool) and allowed[0] <= value <= allowed[1]
+                kind = "whole number" if field.type is int else "number"
+                expected = f"a {kind} from {allowed[0]:g} to {allowed[1]:g}"
+            if not good:
+                raise InputError(f"{flag(field.name)} {value}: expected {expected}")
 
     @property
     def has_lambda(self):
-        return self.method in ("palbert", "pondernet")
-
-    @property
-    def parts(self):
-        """The parts of the training loss that are logged."""
-        return ("task", "kl", "expected_layer", "cut_at_1") if self.has_lambda else ("task",)
+        """Whether the model has a Lambda head, which in BERxiT is the certainty."""
+        return self.method not in ("pabee", "finetune")
 
     @property
     def exits(self):
-        """The exits that this run's model can be evaluated by, its own first."""
-        return {"finetune": ("last",), "pabee": ("patience", "last") if TASKS[self.task].num_labels == 1 else ("patience", "entropy", "last")}.get(
-            self.method, ("q", "sample", "expectation", "last"))
+        """The exits that this run's model can be evaluated by."""
+        if self.method == "finetune":
+            return ("last",)
+        if self.method == "berxit":
+            return ("learned", "last")
+        if self.method == "pabee":
+            regression = get_task(self.task).num_labels == 1
+            return ("patience", "last") if regression else ("patience", "entropy", "last")
+        return ("q", "sample", "expectation", "last")
 
 
 def make_settings(**given):
     """Settings with the presets of method and model under what is given; unknown names are an InputError."""
-    known = {field.name for field in dataclasses.fields(Settings)}
+    known = [field.name for field in dataclasses.fields(Settings)]
     for name in given:
         if name not in known:
-            raise InputError(f"--{name.replace('_', '-')} is not a setting; settings are {', '.join(sorted(known))}")
-    task, method = given.get("task", Settings.task), given.get("method", Settings.method)
-    model = given.get("model") or ("tiny" if task == "parity" else "albert-base-v2")
+            raise InputError(f"{flag(name)} is not a setting; settings are {', '.join(known)}")
+    model, method = given.get("model"), given.get("method", "palbert")
+    if model is None:
+        model = "tiny" if given.get("task", "parity") == "parity" else "albert-base-v2"
     return Settings(**{**SCRATCH.get(model, {}), **METHODS.get(method, {}), **given, "model": model})
 
 
-def parse(field, text):
-    """The value of one flag from the command line."""
-    if text == "none" and (field.default is None or field.name == "lambda_lr"):
-        return None
-    try:
-        return field.type(text)
-    except ValueError:
-        raise InputError(f"--{field.name.replace('_', '-')} {text}: expected {field.metadata['expected']}") from None
+def changed_settings(settings):
+    """The names of the settings that differ from the preset of their task, model and method"""
+    plain = make_settings(task=settings.task, model=settings.model, method=settings.method)
+    names = [field.name for field in dataclasses.fields(settings)]
+    return [name for name in names if getattr(settings, name) != getattr(plain, name)]
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
+    """A command line whose errors are InputErrors."""
+
+    def __init__(self, name, description):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, description=description, formatter_class=layout, allow_abbrev=False)
+
     def error(self, message):
         raise InputError(f"{message}; {self.prog} --help lists the flags")
 
 
-# ---- a model and a run ----
+# ---- device and precision ----
 
-def choose_device(name):
-    """torch.device by name; None takes cuda, mps or cpu, the first that is there. InputError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def choose_device(name=None):
+    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Where torchrun started
+    this process, cuda is the GPU of its rank. InputError where there is no such device."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
-        return torch.device(next(kind for kind in there if there[kind]))
-    kind, _, index = name.partition(":")
-    if kind not in there or index and not index.isdigit():
-        raise InputError(f"--device {name}: expected cuda, mps or cpu")
-    if not there[kind] or kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; it finds {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
+        name = next(kind for kind in found if found[kind])
+    if not re.fullmatch("cuda(:[0-9]{1,4})?|mps|cpu", name):
+        raise InputError(f"--device {name}: expected cuda, cuda:N, mps or cpu")
+    kind, _, number = name.partition(":")
+    number = int(number or os.environ.get("LOCAL_RANK", 0))
+    if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use "
+                         f"cpu, or one of {torch.cuda.device_count()} GPUs; torchrun needs one a process")
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.cuda.set_device(number)
+    return torch.device(kind, number)
 
 
-def autocast(device):
-    """bf16 autocast where the device computes in it, else float32"""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+def autocast(device, precision=None):
+    """The context in which a model computes, bf16 autocast or plain float32; None is bf16 on a GPU that
+    computes in it. InputError for bf16 on a device that does not."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision is None and able)
+    if bf16 and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        able = has.get("avx512_bf16") or has.get("amx_bf16")
+    if bf16 and not able:
+        raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def encoder_module(model):
-    """albert or roberta, by the model's name or by model_type in the folder's config.json"""
-    if model in bert.SIZES or model.removeprefix("FacebookAI/") in bert.SIZES:
-        return bert
-    config = Path(model) / "config.json"
-    return bert if config.exists() and read_json(config).get("model_type") == "roberta" else albert
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def check_model(settings):
-    """What can be known of the model before anything is loaded; InputError where it does not exist or does not fit the settings."""
-    name = settings.model.removeprefix("albert/").removeprefix("FacebookAI/")
-    config = {**albert.SIZES, **bert.SIZES}.get(name)
-    if config is None:
-        if not Path(settings.model).exists() and not Path(settings.model + ".index").exists():
-            raise InputError(f"--model {settings.model}: expected a folder with weights, or one of {', '.join([*albert.SIZES, *bert.SIZES])}")
-        return
-    if name in bert.SIZES and settings.layers not in (None, config.num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: {settings.model} has {config.num_hidden_layers}, each with weights of its own; only a "
-                         f"model with shared layers (ALBERT) can run another number")
+def timed(model, work):
+    """(seconds, result) of work(), what the device does for it included"""
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start, result
 
 
-def make_ponder(encoder, settings):
-    """The untrained Ponder of these settings around an encoder."""
+# ---- the model of a run ----
+
+ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "bert": (bert.Bert, bert.BertConfig),
+            "roberta": (bert.Roberta, bert.RobertaConfig)}     # by the model_type in config.json
+SIZES = {**albert.SIZES, **bert.SIZES}
+
+
+def check(settings):
+    """InputError for what can be known to be wrong before anything is loaded or fetched."""
+    path, exits = Path(settings.model), settings.exits
+    size = SIZES.get(path.name)
+    if "train" not in get_task(settings.task).splits:
+        raise InputError(f"--task {settings.task}: it has no training set; choose another")
+    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+        raise InputError(f"--data-dir {settings.data_dir}: expected a folder with the task's files")
+    if settings.exit not in exits:
+        raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
+                         + " or ".join(exits))
+    if size is None and not path.exists() and not Path(f"{path}.index").exists():
+        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(SIZES)}")
+    if path.name in bert.SIZES and settings.layers not in (None, size.num_hidden_layers):
+        raise InputError(f"--layers {settings.layers}: {path} has {size.num_hidden_layers}, and only a model "
+                         "whose layers share their weights (ALBERT) can run another number")
+
+
+def model_type(path):
+    """What a published name, or a folder's config.json, stands for: a key of ENCODERS"""
+    if (path / "config.json").exists():
+        return read_json(path / "config.json").get("model_type", "albert")
+    return bert.SIZES[path.name].model_type if path.name in bert.SIZES else "albert"
+
+
+def make_model(settings, folder, examples):
+    """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
+    tokenizer are written to the folder."""
+    source, config = Path(settings.model), albert.SIZES.get(settings.model)
+    kind = model_type(source)
+    encoder_class, _ = ENCODERS.get(kind, ENCODERS["albert"])
+    if settings.model in SCRATCH:
+        texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
+        tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
+        torch.manual_seed(settings.seed)
+        encoder = encoder_class(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
+    elif (source / "run.json").exists():
+        torch.manual_seed(settings.seed)
+        _, tokenizer, model = load_run(source, torch.device("cpu"))
+        encoder = model.encoder
+    else:
+        tokenizer = load_tokenizer((albert if kind == "albert" else bert).fetch(settings.model))
+        torch.manual_seed(settings.seed)
+        encoder = encoder_class.from_pretrained(settings.model)
+    if settings.max_length > encoder.max_length:
+        raise InputError(f"--max-length {settings.max_length}: {source} has positions for no more than "
+                         f"{encoder.max_length} tokens")
+    model = make_ponder(encoder, settings, tokenizer, source)
+    write_json(folder / "config.json", {"model_type": kind, **dataclasses.asdict(encoder.config)})
+    tokenizer.save(folder)
+    return tokenizer, model
+
+
+def make_ponder(encoder, settings, tokenizer, source):
+    """The untrained Ponder of these settings around an encoder that has an embedding for each token"""
+    vocabulary = encoder.config.vocab_size
+    lambda_layers = settings.lambda_layers if settings.has_lambda else 0
+    if tokenizer.vocab_size > vocabulary:
+        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, the model embeddings "
+                         f"for {vocabulary}; take both from one model")
     try:
-        return Ponder(encoder, TASKS[settings.task].num_labels, settings.layers, settings.lambda_layers if settings.has_lambda else 0,
-                      settings.lambda_input == "concat", settings.method == "pabee", settings.prior, settings.dropout)
+        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
+                      settings.lambda_input == "concat", settings.classifiers == "per_layer", settings.prior,
+                      settings.dropout)
     except ValueError as error:
         raise InputError(f"--layers {settings.layers}: {error}") from None
 
 
-def make_model(settings, folder, train_examples):
-    """(tokenizer, model) of a new run, from pretrained weights or from scratch; config and tokenizer are written to the folder."""
-    module = encoder_module(settings.model)
-    if settings.model in SCRATCH:
-        texts = [text for example in train_examples for text in (example.text_a, example.text_b) if text]
-        tokenizer = train_tokenizer(texts, folder, albert.SIZES[settings.model].vocab_size, settings.seed)
-        torch.manual_seed(settings.seed)
-        encoder = albert.Albert(dataclasses.replace(albert.SIZES[settings.model], vocab_size=tokenizer.vocab_size))
-    else:
-        source = module.fetch(settings.model)
-        tokenizer = load_tokenizer(source)
-        torch.manual_seed(settings.seed)
-        encoder = (module.Roberta if module is bert else module.Albert).from_pretrained(settings.model)
-        fitting(tokenizer, encoder, source).save(folder)
-    config = {"model_type": "roberta" if module is bert else "albert", **dataclasses.asdict(encoder.config)}
-    if settings.max_length > encoder.max_length:
-        raise InputError(f"--max-length {settings.max_length}: {settings.model} has positions for {encoder.max_length} tokens")
-    with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=1).encode())
-    return tokenizer, make_ponder(encoder, settings)
-
+# ---- the folder of a run ----
 
 def open_run(folder, settings):
-    """(tokenizer, untrained model) from the config.json and tokenizer of a run's folder"""
-    values, source = read_json(folder / "config.json"), str(folder / "config.json")
-    if values.get("model_type") == "roberta":
-        encoder = bert.Roberta(bert.RobertaConfig.from_json(values, source))
-    else:
-        encoder = albert.Albert(albert.AlbertConfig.from_json(values, source))
-    return fitting(load_tokenizer(folder), encoder, folder), make_ponder(encoder, settings)
+    """(tokenizer, model) by the config.json and tokenizer of a run's folder. The model is on the meta device,
+    where what only a config claims takes no memory."""
+    values, tokenizer = read_json(folder / "config.json"), load_tokenizer(folder)
+    encoder_class, config_class = ENCODERS.get(values.get("model_type"), ENCODERS["albert"])
+    with torch.device("meta"):
+        encoder = encoder_class(config_class.from_json(values, str(folder / "config.json")))
+        return tokenizer, make_ponder(encoder, settings, tokenizer, folder)
 
 
-def fitting(tokenizer, encoder, source):
-    """The tokenizer, if the encoder has an embedding for each of its ids"""
-    if tokenizer.vocab_size > encoder.config.vocab_size:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, but the model has embeddings for {encoder.config.vocab_size}; "
-                         "they belong to different models")
-    return tokenizer
+def fill(model, path, device):
+    """The model, on the device, with the weights of a safetensors file, whose tensors must be the model's"""
+    weights = read_safetensors(path)
+    compare_tensors(weights, model.state_dict(), path)
+    model = model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weights[name])
+    return model
 
 
-def load_run(folder, device):
-    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode on the device"""
+def compare_tensors(given, own, path):
+    """InputError unless the tensors `given` by a file have the names, shapes and dtypes of `own`."""
+    for name in [*own, *given]:
+        ours, theirs = own.get(name), given.get(name)
+        fit = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+        if not fit or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise InputError(f"{path}: its tensor {name} does not fit the run's settings; train again")
+
+
+def load_run(folder, device=None):
+    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode
+    on the device (None: the first that is there). InputError for a folder that is not whole."""
     folder = Path(folder)
     settings, values = read_run(folder)
     for name, digest in values.get("files", {}).items():
         if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that this run ended with (its sha256 differs); get a whole copy or train again")
+            raise InputError(f"{folder / name}: is not the file that the run ended with, by its sha256; "
+                             "get a whole copy or train again")
     tokenizer, model = open_run(folder, settings)
-    load_state(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-    return settings, tokenizer, model.to(device).eval()
-
-
-def load_state(model, state, path):
-    """Put a dict of tensors into the model; names or shapes that do not fit are an InputError."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{path}: the weights do not fit the run's config.json and settings ({str(error).splitlines()[-1].strip()})") from None
+    device = choose_device() if device is None else device
+    return settings, tokenizer, fill(model, folder / "model.safetensors", device).eval()
 
 
 def read_run(folder):
     """(Settings, the whole of run.json) of a run's folder"""
     values = read_json(Path(folder) / "run.json")
     if not isinstance(values.get("settings"), dict):
-        raise InputError(f"{folder}/run.json: expected the settings of a run, found none")
+        raise InputError(f"{folder}/run.json: expected the settings of a run, found none; train it again")
     try:
         return make_settings(**values["settings"]), values
     except InputError as error:
         raise InputError(f"{folder}/run.json: {error}") from None
 
 
-def find_run(name=None, ready="model.safetensors"):
-    """The folder of the run that is named, or of the newest one that has the file `ready`."""
+def find_run(name=None, unfinished=False):
+    """The folder of the run of that name under runs/, or at that path; without a name the newest that has
+    weights, or with `unfinished` the newest that can go on."""
     if name is not None:
         for folder in (RUNS / name, Path(name)):
             if (folder / "run.json").exists():
                 return folder
         raise InputError(f"no run {name!r}: expected {RUNS / name}/run.json or {Path(name)}/run.json")
-    runs = [path.parent for path in RUNS.glob("*/run.json") if (path.parent / ready).exists()]
-    if not runs:
-        raise InputError(f"no run with a {ready} under {RUNS}/ here; python train.py makes one")
-    return max(runs, key=lambda folder: (folder / "run.json").stat().st_mtime_ns)
+    ready = "resume.pt" if unfinished else "model.safetensors"
+    found = [path for path in RUNS.glob("*/run.json") if path.with_name(ready).exists()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if not unfinished or not read_run(path.parent)[1].get("finished"):
+            return path.parent
+    raise InputError(f"no run with a {ready} under {RUNS}/ here; python train.py makes one")
 
 
 def run_name(settings):
-    """The name of a run: task, method, model, whatever differs from the preset, and the seed."""
-    plain = make_settings(task=settings.task, model=settings.model, method=settings.method)
-    changed = [f"{field.name}{getattr(settings, field.name)}" for field in dataclasses.fields(settings)
-               if field.name not in ("seed", "data_dir", "device", "save_every") and getattr(settings, field.name) != getattr(plain, field.name)]
-    return "-".join([settings.task, settings.method, Path(settings.model).name, *changed, f"seed{settings.seed}"])
+    """The name of a run: task, method, model, what differs from the preset, and the seed"""
+    names = [name for name in changed_settings(settings) if name not in ("seed", *PLACE)]
+    changed = [f"{name}{getattr(settings, name)}" for name in names]
+    task, model = Path(settings.task).name, Path(settings.model).name
+    return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+def origin_of(settings):
+    """What a run is made of: the sha256 of the task's files, and of a model's config and weights, or its name
+    where it is published or from scratch"""
+    data = {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)}
+    path, model = Path(settings.model), settings.model
+    if model not in SCRATCH and path.exists():
+        patterns = ("*config.json", "*.safetensors", "*.bin", "*.ckpt*", "*/*.ckpt*")
+        files = [path] if path.is_file() else sorted({file for p in patterns for file in path.glob(p)})
+        model = {file.name: sha256_file(file) for file in files}
+    return {"data": data, "model": model}
 
 
 def describe(settings, device):
-    """What run.json records beside the settings, so that a number can be traced: versions, device, commit, hashes of the data."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True) \
-        if (Path(__file__).parent / ".git").exists() else None
-    return {"settings": dataclasses.asdict(settings),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                         "sentencepiece": sentencepiece.__version__},
-            "device": device_name(device),
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None,
-            "data": {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)},
-            "finished": False}
+    """What run.json records so that a number can be traced: settings, versions, device, precision, commit"""
+    here, commit = Path(__file__).parent, None
+    if (here / ".git").exists():
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
+    bf16 = autocast(device, settings.precision)._enabled
+    return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
+            "precision": "bf16" if bf16 else "float32", "commit": commit,
+            "versions": {"python": platform.python_version()} | versions}
 
 
 # ---- evaluation ----
+
+def splits_of(task, split):
+    """The splits meant by a name: dev and test stand for both of MNLI's"""
+    return getattr(get_task(task), f"{split}_splits") if split in ("dev", "test") else (split,)
+
 
 def read_split(settings, tokenizer, split):
     """(inputs, labels) of a split: a list of (ids, segments), and the labels as they come"""
@@ -316,120 +403,110 @@ def read_split(settings, tokenizer, split):
 
 
 @torch.no_grad()
-def all_layers(model, inputs, batch_size=32):
-    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From these follow every q,
-    every sample, the expectation and every histogram."""
-    device, order, outputs = next(model.parameters()).device, buckets([len(ids) for ids, _ in inputs], batch_size), []
-    with autocast(device):
+def all_layers(model, inputs, batch_size=32, precision=None):
+    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From
+    these follow every q, every sample, the expectation and every histogram."""
+    device = next(model.parameters()).device
+    order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
+    with autocast(device, precision):
         for batch in order:
             outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
     by_row = torch.tensor([row for batch in order for row in batch]).argsort()
     logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
+    numbers = torch.cat([logits, lam[..., None]], 2)
+    check_finite(numbers.flatten(0, 1), torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
     return logits, lam
 
 
-def make_rule(exit, settings, L):
-    """The exit rule of that name; expectation is no rule of exit: it reads every layer, as last does."""
-    return {"q": lambda: QExit(settings.q), "sample": lambda: SampleExit(torch.Generator().manual_seed(settings.seed)),
-            "patience": lambda: PatienceExit(settings.patience, settings.tolerance), "entropy": lambda: EntropyExit(settings.entropy),
-            "expectation": lambda: FixedExit(L), "last": lambda: FixedExit(L)}[exit]()
+def predict_all(model, settings, criterion, inputs, batch_size):
+    """Early exit for real: outputs (N,C), layers (N,), on the CPU, in the order of the inputs"""
+    rule = make_rule(criterion, settings, model.num_layers)
+    with autocast(next(model.parameters()).device, settings.precision):
+        outputs, layers = (answer.cpu() for answer in model.predict_many(inputs, rule, batch_size))
+    check_finite(outputs, layers)
+    return outputs.float(), layers
 
 
-def apply_exit(exit, settings, logits, lam):
+def check_finite(numbers, layers):
+    """InputError unless all of numbers (N,C), which are of layers (N,), are finite: others have no score."""
+    bad = layers[~numbers.isfinite().all(1)]
+    if len(bad):
+        raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
+
+
+def make_rule(criterion, settings, L, draw=0):
+    """The exit rule of that name, of sampling one a draw; the expectation reads every layer, as last does"""
+    if criterion == "q":
+        return QExit(settings.q)
+    if criterion == "sample":
+        return SampleExit(torch.Generator().manual_seed(settings.seed + draw))
+    if criterion == "patience":
+        return PatienceExit(settings.patience, settings.tolerance)
+    if criterion == "entropy":
+        return EntropyExit(settings.entropy)
+    if criterion == "learned":
+        return LearnedExit(settings.certainty)
+    return FixedExit(L)
+
+
+def apply_exit(criterion, settings, logits, lam, draw=0):
     """The exit applied to arrays of full depth: predictions (N,C), layers (N,)"""
-    layers = exit_layers(make_rule(exit, settings, lam.shape[1]), logits, lam)
-    if exit == "expectation":
+    layers = exit_layers(make_rule(criterion, settings, lam.shape[1], draw), logits, lam)
+    if criterion == "expectation":
         return expected_prediction(logits, exit_distribution(lam)), layers
     return logits[torch.arange(len(layers)), layers - 1], layers
 
 
 def scores(task, outputs, labels):
-    """GLUE metrics of predictions (N,C) against labels: classes by argmax, values as they are"""
-    return score(task, (outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(1)).numpy(), labels)
+    """GLUE metrics of outputs (N,C) against labels"""
+    return score(task, answers(outputs), labels)
+
+
+def mean_scores(criterion, settings, logits, lam, labels):
+    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the mean of DRAWS draws"""
+    draws, metrics, mean_layer = DRAWS if criterion == "sample" else 1, {}, 0
+    for draw in range(draws):
+        outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
+        mean_layer += layers.float().mean().item() / draws
+        for name, value in scores(settings.task, outputs, labels).items():
+            metrics[name] = metrics.get(name, 0) + value / draws
+    return metrics, mean_layer
 
 
 def evaluate(model, settings, dev, exits):
-    """{exit: {"score", "metrics", "mean_layer"}} and mean p per layer, over the dev splits {split: (inputs, labels)}; the score is the
-    splits' mean (MNLI has two)."""
-    was_training, results, p = model.training, {exit: {"score": 0, "mean_layer": 0, "metrics": {}} for exit in exits}, 0
+    """{exit: {"score", "mean_layer", "metrics"}} and mean p by layer over the splits dev {split: (inputs,
+    labels)}; the score is the mean over splits (MNLI has two)."""
+    was_training, p = model.training, 0
+    results = {criterion: {"score": 0, "mean_layer": 0, "metrics": {}} for criterion in exits}
     model.eval()
     for split, (inputs, labels) in dev.items():
-        logits, lam = all_layers(model, inputs)
+        logits, lam = all_layers(model, inputs, precision=settings.precision)
         p = p + exit_distribution(lam).mean(0) / len(dev)
-        for exit, result in results.items():
-            outputs, layers = apply_exit(exit, settings, logits, lam)
-            metrics = scores(settings.task, outputs, labels)
+        for criterion, result in results.items():
+            metrics, mean_layer = mean_scores(criterion, settings, logits, lam, labels)
             result["score"] += metrics["score"] / len(dev)
-            result["mean_layer"] += layers.float().mean().item() / len(dev)
+            result["mean_layer"] += mean_layer / len(dev)
             result["metrics"][split] = metrics
     model.train(was_training)
     return results, p.tolist()
 
 
-def print_results(results, file=sys.stderr):
-    print(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}", file=file)
-    for exit, result in results.items():
-        print(f"{exit:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}", file=file)
-
-
-def timed(model, work):
-    """(seconds, result) of work(), the device's work included"""
-    device = next(model.parameters()).device
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return time.perf_counter() - start, result
-
-
-def predict_all(model, settings, exit, inputs, batch_size):
-    """Early exit for real over a split: outputs (N,C), layers (N,), on the CPU"""
-    with autocast(next(model.parameters()).device):
-        logits, layers = model.predict_many(inputs, make_rule(exit, settings, model.num_layers), batch_size)
-    return logits.float().cpu(), layers.cpu()
-
-
-def splits_of(task, split):
-    """The splits meant by a name: dev and test stand for both of MNLI's"""
-    return {"dev": TASKS[task].dev_splits, "test": TASKS[task].test_splits}.get(split, (split,))
-
-
-SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)), "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]}
-
-
-def sweep(settings, exit, logits, lam, labels):
-    """Score and mean layer for every q (or patience, or entropy threshold), from arrays of full depth -> list of dicts"""
-    rows = []
-    for value in SWEEPS[exit]:
-        outputs, layers = apply_exit(exit, dataclasses.replace(settings, **{exit: value}), logits, lam)
-        mean_layer = layers.float().mean().item()
-        rows.append({exit: value, "score": scores(settings.task, outputs, labels)["score"], "mean_layer": mean_layer,
-                     "speed_up": lam.shape[1] / mean_layer})
-    return rows
+THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # settings
+SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
+          "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
+          "learned": [n / 20 for n in range(20)]}
 
 
 # ---- commands ----
 
 class Interrupted(Exception):
-    """SIGINT came; the step is finished and saved."""
+    """A signal came; the step is finished and saved."""
 
 
-def local_device(device):
-    """The device of this process: its own GPU where torchrun started several on GPUs"""
-    if dist.is_initialized() and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
-def say(text, rank=0):
-    if rank == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def in_main_thread():
-    return threading.current_thread() is threading.main_thread()
+def say(text, file=None):
+    """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file or sys.stderr, flush=True)
 
 
 def write_json(path, values):
@@ -438,15 +515,26 @@ def write_json(path, values):
 
 
 def run_main(main):
-    """Run a command; what goes wrong with its input is one sentence on stderr and exit code 1."""
+    """Run a command: what a user can mend is one sentence and exit code 1; a closed pipe ends it quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")    # for terminals that are not UTF-8
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        for number in (1, 2):                   # Python flushes both once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        sys.exit(1)
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'} could not be read or written: {error.strerror or error}")
+        sys.exit(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device's memory does not suffice; try a smaller --batch-size")
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        say(stopped)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -598,7 +599,7 @@ def test_one_batch_overfits_to_zero(method, task):
     labels = [float(n % 2) for n in range(16)] if task == 1 else [n % task for n in range(16)]
     for step in range(300):
         parts = train.train_step(model, optimizer, settings_, step, inputs, labels, geometric_prior(0.1, 6))
-    assert parts[0].item() < 0.02
+    assert parts["task"].item() < 0.02
 
 
 def test_evaluating_twice_is_bitwise_equal_and_padding_changes_nothing():
@@ -639,6 +640,8 @@ def test_sigmoid_and_loss_are_float32_under_bf16_autocast_and_near_float32():
 
 # ==== train.py and eval.py ====
 
+# ---- run.py and train.py ----
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to run in, without a network and without a cache"""
@@ -651,11 +654,12 @@ def here(tmp_path, monkeypatch):
 
 
 def shell(*arguments, **keywords):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, **keywords)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **keywords)
 
 
 def settled(result):
-    """The one sentence of a command that failed as it should: exit code 1, nothing else on stderr that looks like a fault"""
+    """The one sentence of a command that failed as it should: exit code 1, and no traceback"""
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -668,334 +672,564 @@ QUICK = ["--max-steps", "3", "--device", "cpu"]
 @pytest.fixture
 def small_parity(monkeypatch):
     """The built-in task with fewer rows, for tests of the machinery around it"""
-    real = glue.load
-    sizes = {"train": 320, "dev": 40, "test": 20}
+    real, sizes = glue.load, {"train": 320, "dev": 40, "test": 20}
     for module in (run_module, train, paper):
-        monkeypatch.setattr(module, "load", lambda task, split, data_dir=None: real(task, split, data_dir)[:sizes.get(split, 40)])
+        monkeypatch.setattr(module, "load", lambda task, split, data_dir=None:
+                            real(task, split, data_dir)[:sizes[split] if task == "parity" else None])
 
 
-@pytest.mark.parametrize("method, exits", [("palbert", ("q", "sample", "expectation", "last")), ("pondernet", ("sample", "q")), ("pabee", ("patience", "entropy", "last")), ("finetune", ("last",))])
-def test_every_preset_trains_evaluates_and_explains(method, exits, here, small_parity, capsys):
-    train.main(["--method", method, *QUICK])
-    run, = (here / "runs").iterdir()
-    values = json.loads((run / "run.json").read_text())
-    assert values["finished"] and values["steps"] == 3 and set(exits) <= set(values["dev"])
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors", "run.json", "spiece.model"]
-    for exit in exits:
-        capsys.readouterr()
-        evaluation.main(["--exit", exit, "--json", "--device", "cpu"])
-        result = json.loads(capsys.readouterr().out)
-        assert {"task", "split", "exit", "q", "metrics", "score", "mean_layer", "layers", "seconds", "seconds_full_depth"} == set(result)
-        assert sum(result["layers"]) == 40 and result["exit"] == exit and len(result["layers"]) == 12
-        assert abs(sum(n * c for n, c in enumerate(result["layers"], 1)) / 40 - result["mean_layer"]) < 1e-5
-        if exit != "expectation":
-            evaluation.main(["--exit", exit, "--text", "the red cat sleeps", "--text-b", "they deny that the red cat sleeps", "--device", "cpu"])
-            assert capsys.readouterr().out.count("\n") == 16
-        if exit in run_module.SWEEPS:
-            evaluation.main(["--exit", exit, "--sweep", "--json", "--device", "cpu"])
-            rows_ = json.loads(capsys.readouterr().out)["rows"]
-            assert all(a["mean_layer"] <= b["mean_layer"] for a, b in zip(rows_, rows_[1:])) or exit == "entropy"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 3] and "dev" in lines[-1] and len(lines[-1]["p"]) == 12
+def refusal(*flags):
+    """The one sentence with which train.py refuses these flags"""
+    with pytest.raises(InputError) as caught:
+        train.main(list(flags))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(here, small_parity, capsys):
-    train.main(QUICK)
-    capsys.readouterr()
-    evaluation.main(["--bench", "--device", "cpu"])
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
-    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
-    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
-    inputs, _ = run_module.read_split(settings_, tokenizer, "dev")
-    logits, layers = model.predict_many(inputs, QExit(0.5))
-    with torch.no_grad():
-        assert torch.allclose(paper.released_way(model, inputs, layers), logits, atol=1e-4)
-        whole = paper.full_depth(model, inputs, 8)
-    order = [row for batch in glue.buckets([len(ids) for ids, _ in inputs], 8) for row in batch]
-    assert torch.allclose(whole, model.predict_many([inputs[row] for row in order], FixedExit(12))[0], atol=1e-4)
+def run_json(name):
+    return json.loads(Path("runs", name, "run.json").read_text())
 
 
-def test_the_expectation_is_computed_from_the_same_pass_as_every_q(here, small_parity):
-    train.main(QUICK)
-    settings_, tokenizer, model = run_module.load_run(run_module.find_run(), torch.device("cpu"))
-    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
-    logits, lam = run_module.all_layers(model, inputs)
-    outputs, layers = run_module.apply_exit("expectation", settings_, logits, lam)
-    assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam))) and (layers == 12).all()
-    one_by_one = [model(*pad([row], model.encoder, "cpu")) for row in inputs[:5]]
-    assert all(torch.allclose(logits[n], one[0][0], atol=1e-4) for n, one in enumerate(one_by_one))
+def log_of(name, runs="runs"):
+    return [json.loads(line) for line in Path(runs, name, "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(name):
+    """Weights and metrics of a run, wall times aside"""
+    weights = read_safetensors(Path("runs", name, "model.safetensors"))
+    lines = [line | {"seconds": None} for line in log_of(name)]
+    return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}, lines
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return glue_folder(tmp_path_factory.mktemp("data") / "glue", [("RTE", 5), ("STS-B", 5)])
+
+
+@pytest.fixture
+def rte(data, here):
+    """Flags for a run of 3 epochs of 4 steps, each of a few milliseconds"""
+    return ["--task", "rte", "--model", "tiny", "--layers", "2", "--max-length", "16", "--batch-size", "16",
+            "--epochs", "3", "--device", "cpu", "--data-dir", str(data)]
+
+
+@pytest.mark.parametrize("method", run_module.METHODS)
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_every_method_trains_classes_and_numbers(method, task, rte, here, capsys):
+    train.main([*rte, "--task", task, "--method", method, "--name", "x", "--max-steps", "3"])
+    values, said = run_json("x"), capsys.readouterr().err
+    assert values["finished"] and values["steps"] == 3 and values["best_epoch"] == 1
+    assert set(values["dev"]) == set(run_module.read_run("runs/x")[0].exits)
+    assert names_of(here / "runs/x") == ["config.json", "metrics.jsonl", "model.safetensors", "run.json",
+                                         "spiece.model"]
+    assert "step 1 of at most 3" in said and "the best epoch was 1" in said
+    *steps, dev = log_of("x")
+    assert [line["step"] for line in steps] == [1, 2, 3] and len(dev["p"]) == 2
+    if method in ("palbert", "pondernet"):
+        assert all(line["loss"] == pytest.approx(line["task"] + 0.02 * line["kl"]) for line in steps)
+    assert ("lambda_lr" in steps[0]) == (method == "palbert") and steps[0]["lr"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--q", "0"], "--q"), (["--q", "1.5"], "--q"), (["--q", "nan"], "--q"), (["--prior", "1"], "--prior"), (["--prior", "0"], "--prior"), (["--beta", "-1"], "--beta"),
-    (["--beta", "inf"], "--beta"), (["--patience", "0"], "--patience"), (["--max-length", "7"], "--max-length"), (["--max-length", "513"], "--max-length"),
-    (["--layers", "0"], "--layers"), (["--lr", "0"], "--lr"), (["--lr", "fast"], "--lr"), (["--batch-size", "0"], "--batch-size"), (["--batch-size", "2.5"], "--batch-size"),
-    (["--epochs", "0"], "--epochs"), (["--dropout", "1"], "--dropout"), (["--lambda-layers", "2"], "1 or 3"), (["--lambda-input", "both"], "current, concat"),
-    (["--method", "bert"], "palbert, pondernet, pabee, finetune"), (["--task", "squad"], "mrpc"), (["--model", "bert-base"], "albert-base-v2"), (["--model", "roberta-base", "--layers", "9"], "--layers 9"), (["--exit", "entropy"], "q or sample"),
-    (["--method", "finetune", "--exit", "q"], "last"), (["--device", "tpu"], "cuda, mps or cpu"), (["--seed", "-1"], "--seed"), (["--save-every", "0"], "--save-every"),
-    (["--turbo"], "--turbo"), (["--lr"], "--lr"), (["--seeds", "0"], "--seeds"), (["--dry-run"], "--seeds or --grid"), (["--name", "x", "--seeds", "2"], "--name"),
-    (["--resume", "x", "--lr", "1"], "--resume"), (["--resume", "nowhere"], "no run"), (["--resume"], "no run"), (["--max-steps", "0"], "--max-steps"), (["--tolerance", "-1"], "--tolerance")])
-def test_a_wrong_argument_is_named_with_its_range_before_anything_is_loaded(flags, words, here, monkeypatch):
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("loaded first"))
-    with pytest.raises(InputError) as caught:
-        train.main(flags)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and not (here / "runs").exists()
+    ("--q 0", "--q"), ("--q 1.5", "--q"), ("--q nan", "--q"), ("--prior 1", "--prior"), ("--prior 0", "--p"),
+    ("--beta -1", "--beta"), ("--beta inf", "--beta"), ("--cut 1", "--cut"), ("--patience 0", "--patience"),
+    ("--max-length 7", "8 to 512"), ("--max-length 513", "8 to 512"), ("--layers 0", "--layers"),
+    ("--layers 1001", "--layers"), ("--lr 0", "--lr"), ("--lr fast", "fast: expected a n"), ("--lr", "--lr"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 2.5", "a whole number"), ("--epochs 0", "--epochs"),
+    ("--dropout 1", "--dropout"), ("--lambda-layers 4", "1 to 3"), ("--lambda-input both", "current, concat"),
+    ("--method bert", "palbert, pondernet, pabee, berxit, finetune"), ("--task squad", "mrpc"),
+    ("--task ax", "ax"), ("--model bert-base", "albert-base-v2"), ("--seed -1", "--seed"), ("--turbo", "--t"),
+    ("--model roberta-base --layers 9", "--layers 9"), ("--exit entropy", "q or sam"), ("--name .", "--name"),
+    ("--method finetune --exit q", "last"), ("--device tpu", "cuda:N, mps or"), ("--name ..", "--name"),
+    ("--device cpu:²", "cuda:N, mps or"), ("--device cpu:1", "cuda:N, mps or"), ("--save-every 0", "--save"),
+    ("--precision fp16", "float32, bf16"), ("--classifiers both", "per_layer"), ("--certainty 2", "--cert"),
+    ("--task stsb --method pabee --exit entropy", "patience or last"), ("--max-steps 0", "--max-steps"),
+    ("--tolerance -1", "--tolerance"), ("--seeds 0", "--seeds"), ("--seeds 1e12", "--seeds 1e12: expected"),
+    ("--seeds 99999999", "--seeds"), ("--dry-run", "--seeds or --grid"), ("--name x --seeds 2", "--name"),
+    ("--name a/b", "--name"), ("--name=", "--name"), ("--data-dir nowhere", "--data-dir nowhere: expected"),
+    ("--resume x --lr 1", "--resume"), ("--resume nowhere", "no run"), ("--resume", "no run")])
+def test_a_wrong_flag_is_named_with_what_is_expected_before_anything_is_read(flags, words, here, monkeypatch):
+    for name in ("load", "origin_of"):
+        monkeypatch.setattr(train, name, lambda *_: pytest.fail("looked for first"))
+    assert words in refusal(*flags.split()) and not (here / "runs").exists()
 
+
+@pytest.mark.parametrize("given", [("seed", "2"), ("epochs", True), ("lr", None), ("task", 3), ("model", "")])
+def test_settings_refuse_what_has_the_wrong_type(given):
+    with pytest.raises(InputError, match=": expected"):
+        run_module.make_settings(**dict([given]))
+
+
+def test_pabees_tolerance_is_the_released_codes():
+    assert run_module.make_settings(task="stsb", method="pabee").tolerance == 0.2
+
+
+def test_help_has_groups_and_80_columns():
+    said = shell(HERE / "train.py", "--help", env=os.environ | {"COLUMNS": "80"}).stdout
+    assert all(f"\n{group}:\n" in said for group in ("the run", "the method", "the training"))
+    assert max(map(len, said.splitlines())) <= 80
+
+
+# ---- device, precision, terminal ----
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_cuda_that_is_not_there_is_said_at_once(here):
-    assert "--device cuda" in settled(shell(HERE / "train.py", "--device", "cuda")) and not (here / "runs").exists()
-    assert "--device cuda" in settled(shell(HERE / "eval.py", "--device", "cuda"))
+    assert "--device cuda" in settled(shell(HERE / "train.py", "--device", "cuda")) and not names_of(here)
 
 
-@pytest.mark.parametrize("flags, words", [(["--q", "0"], "no run"), (["--run", "x"], "no run"), (["--batch-size", "0"], "--batch-size"), (["--exit", "never"], "--exit")])
-def test_eval_without_a_run_or_with_wrong_arguments_says_so(flags, words, here):
-    with pytest.raises(InputError, match=words):
-        evaluation.main(flags)
+def test_the_gpu_is_the_current_device_and_torchrun_gives_each_process_its_own(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert run_module.choose_device() == torch.device("cuda", 0)
+    assert run_module.choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_module.choose_device("cuda").index == 1 and current == [0, 1, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="no cuda:2 here.* torchrun needs one a process"):
+        run_module.choose_device()
+
+
+@pytest.mark.parametrize("given, device", [(None, "mps"), ("cuda:1", "cuda")])
+def test_torchrun_refuses_a_macs_mps_and_one_gpu_for_all(given, device, monkeypatch):
+    monkeypatch.setattr(train, "choose_device", lambda _: torch.device(device))
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(train.dist, name, lambda value=value: value)
+    with pytest.raises(InputError, match="--device .*: expected cuda or cpu"):
+        train.Training(run_module.make_settings(device=given))
+
+
+def test_bf16_is_recorded_and_refused_where_the_cpu_does_not_compute_in_it(rte, here, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for name, precision in (("low", ["--precision", "bf16"]), ("full", [])):
+        train.main([*rte, *precision, "--name", name])
+    assert (run_json("low")["precision"], run_json("full")["precision"]) == ("bf16", "float32")
+    first, second = (log_of(name)[2]["task"] for name in ("low", "full"))
+    assert first != second and abs(first - second) < 0.02
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    assert "--precision bf16" in refusal("--precision", "bf16", "--name", "x")
+    assert names_of(here / "runs") == ["full", "low"]
+
+
+def test_memory_that_does_not_suffice_is_one_sentence_that_names_the_batch_size():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(SystemExit, match="^error: .*--batch-size$"):
+        run_module.run_main(main)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_is_not_utf_8_gets_the_line_with_other_characters(encoding):
+    code = "import run; run.run_main(lambda: print('mean 3 ± 1 of \u2581the'))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = shell("-c", code, cwd=HERE, env=environment, encoding=encoding)
+    assert result.returncode == 0 and not result.stderr and result.stdout.endswith("of ?the\n")
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    code = "import run; run.run_main(lambda: [print('x' * 1000) for _ in range(1000)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 1
 
 
 def test_without_a_network_mrpc_ends_in_one_sentence_with_the_two_ways_to_hand_it_over(here):
     sentence = settled(shell(HERE / "train.py", "--task", "mrpc"))
-    assert "msr_paraphrase" in sentence and "--data-dir" in sentence
+    assert "msr_paraphrase" in sentence and "--data-dir" in sentence and not (here / "runs").exists()
     assert not any(path.name.endswith((".txt", ".tsv")) for path in here.rglob("*"))
 
 
 def test_only_the_four_packages_are_imported_at_run_time():
-    code = "import sys, train, eval; print(sorted({name.split('.')[0] for name in sys.modules} & {'transformers', 'scipy', 'sklearn', 'matplotlib', 'hypothesis', 'pytest', 'safetensors', 'tensorflow', 'tokenizers'}))"
-    result = shell("-c", code, cwd=HERE)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+    result = shell("-c", "import sys, train, eval; print(*sys.modules)", cwd=HERE)
+    others = {"transformers", "scipy", "sklearn", "matplotlib", "hypothesis", "pytest", "safetensors"}
+    assert result.returncode == 0 and not others & set(result.stdout.split())
 
 
-def digest(run):
-    """Weights and metrics of a run, wall times aside"""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return ({name: tensor.numpy().tobytes() for name, tensor in read_safetensors(run / "model.safetensors").items()},
-            [{key: value for key, value in line.items() if key != "seconds"} for line in lines])
+# ---- numbers ----
 
-
-PARITY = ["--batch-size", "256", "--max-steps", "12", "--device", "cpu", "--save-every", "2"]
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(here, small_parity):
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(rte):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        train.main([*QUICK, "--name", name, "--seed", seed])
-    a, b, c = (digest(here / "runs" / name) for name in "abc")
-    assert a == b and a != c
+        train.main([*rte, "--name", name, "--seed", seed])
+    assert digest("a") == digest("b") and digest("a") != digest("c")
 
 
-def test_stopped_at_any_step_and_resumed_a_run_ends_with_the_same_bits(here, small_parity, monkeypatch):
-    flags = ["--batch-size", "64", "--epochs", "3", "--device", "cpu", "--save-every", "2"]
-    train.main([*flags, "--name", "whole"])
-    real = train.train_step
-    for stop in (0, 1, 2, 5, 7, 14):
-        class Killed(BaseException):
-            pass
-
-        def step_or_die(model, optimizer, settings_, step, *rest):
-            if step == stop:
-                raise Killed
-            return real(model, optimizer, settings_, step, *rest)
-
-        monkeypatch.setattr(train, "train_step", step_or_die)
-        with pytest.raises(Killed):
-            train.main([*flags, "--name", f"cut{stop}"])
-        monkeypatch.setattr(train, "train_step", real)
-        if stop == 0:
-            train.main([*flags, "--name", "cut0"])             # nothing saved yet: the same command starts again
-        else:
-            train.main(["--resume", f"cut{stop}"])
-        assert digest(here / "runs" / f"cut{stop}") == digest(here / "runs" / "whole"), stop
-
-
-def test_a_run_killed_by_sigkill_or_sigint_resumes_to_the_same_bits(here):
-    whole = shell(HERE / "train.py", *PARITY, "--name", "whole")
-    assert whole.returncode == 0, whole.stderr
-    for name, how in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
-        process = subprocess.Popen([sys.executable, HERE / "train.py", *PARITY, "--name", name], stderr=subprocess.PIPE, text=True)
-        while not (here / "runs" / name / "resume.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.02)
-        process.send_signal(how)
-        _, said = process.communicate(timeout=120)
-        if how == signal.SIGINT:
-            assert process.returncode == 130 and f"python train.py --resume {name}" in said and "Traceback" not in said
-        result = shell(HERE / "train.py", "--resume", name)
-        assert result.returncode == 0 and digest(here / "runs" / name) == digest(here / "runs" / "whole"), result.stderr
-
-
-def test_evaluating_more_often_changes_no_training_step(here, small_parity):
-    inputs, prior = rows(32), geometric_prior(0.1, 6)
-    settings_ = run_module.make_settings(task="parity", lr=1e-3)
-    ends = []
+def test_evaluating_more_often_changes_no_training_step():
+    inputs, labels, ends = rows(32), [n % 2 for n in range(32)], []
+    settings_ = run_module.make_settings(task="parity", lr=1e-3, dropout=0.1)
     for evaluate in (False, True):
         torch.manual_seed(0)
         model = Ponder(Albert(ALBERT_CONFIG), 2)
         optimizer = train.make_optimizer(model, settings_)
         for step in range(4):
-            train.train_step(model, optimizer, settings_, step, inputs, [n % 2 for n in range(32)], prior)
+            train.train_step(model, optimizer, settings_, step, inputs, labels, geometric_prior(0.1, 6))
             if evaluate:
-                run_module.evaluate(model, settings_, {"dev": (inputs, [n % 2 for n in range(32)])}, settings_.exits)
+                run_module.evaluate(model, settings_, {"dev": (inputs, labels)}, settings_.exits)
         ends.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(here, small_parity, monkeypatch):
-    real = train.loss_of
-    calls = []
+@pytest.mark.parametrize("part, value, flags", [
+    ("task", "nan", "a lower --lr"), ("loss", "inf", "a lower --lr"), ("kl", "inf", "another --prior")])
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_rows(part, value, flags, rte, monkeypatch):
+    real, steps = train.train_step, []
 
     def broken(*arguments):
-        calls.append(1)
-        loss, parts = real(*arguments)
-        return (loss * float("nan"), parts | {"task": parts["task"] * float("nan")}) if len(calls) == 2 else (loss, parts)
+        steps.append(real(*arguments))
+        return steps[-1] | {part: steps[-1][part] * float(value)} if len(steps) == 2 else steps[-1]
 
-    monkeypatch.setattr(train, "loss_of", broken)
-    with pytest.raises(InputError, match=r"step 2: the loss is not finite .* rows \[\d+, "):
-        train.main([*QUICK, "--name", "bad"])
-    assert not json.loads((here / "runs" / "bad" / "run.json").read_text())["finished"]
-
-
-def test_a_named_run_is_skipped_when_finished_and_refused_with_other_settings(here, small_parity, capsys):
-    train.main([*QUICK, "--name", "one"])
-    before = digest(here / "runs" / "one")
-    train.main([*QUICK, "--name", "one"])
-    assert "finished already" in capsys.readouterr().err and digest(here / "runs" / "one") == before
-    with pytest.raises(InputError, match="other settings"):
-        train.main([*QUICK, "--name", "one", "--lr", "1"])
-    train.main(QUICK)
-    train.main(QUICK)
-    assert len(list((here / "runs").iterdir())) == 3           # a run without a name is always a new one
+    monkeypatch.setattr(train, "train_step", broken)
+    sentence = refusal(*rte, "--name", "bad")
+    assert re.search(rf"^step 2: the loss is not finite .* rows \[\d+, .*; try {flags}$", sentence)
+    assert not run_json("bad")["finished"]
 
 
-def test_a_grid_by_dry_run_lines_in_any_order_and_half_of_them_twice_gives_the_same_table(here, small_parity, monkeypatch, capsys):
+def test_a_logit_that_is_none_is_never_scored(rte):
+    sentence = refusal(*rte, "--lr", "1e38", "--max-steps", "1")
+    assert sentence == "step 1: layer 1 gives a number that is NaN or infinite; try a lower --lr"
+    model, settings_ = make(), run_module.make_settings(task="mnli")
+    with torch.no_grad():
+        model.classifier.bias[1] = math.inf
+    with pytest.raises(InputError, match=r"layer \d gives a number .*--lr"):
+        run_module.predict_all(model, settings_, "q", rows(9), 4)
+
+
+def test_samplings_dev_score_is_the_mean_of_20_draws_and_the_log_says_so(rte, capsys):
+    train.main([*rte, "--method", "pondernet", "--layers", "6", "--name", "x"])
+    assert "by sample exit, mean of 20 draws, at layer" in capsys.readouterr().err
+    settings_, tokenizer, model = run_module.load_run("runs/x", torch.device("cpu"))
+    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
+    logits, lam = run_module.all_layers(model, inputs)
+    draws = []
+    for seed in range(20):
+        layers = exit_layers(SampleExit(torch.Generator().manual_seed(seed)), logits, lam)
+        right = [logits[n, layer - 1].argmax() == labels[n] for n, layer in enumerate(layers.tolist())]
+        draws.append([100 * np.mean(right), layers.float().mean().item()])
+    found = run_json("x")["dev"]["sample"]
+    assert len({layer for _, layer in draws}) > 1
+    assert [found["score"], found["mean_layer"]] == pytest.approx(np.mean(draws, axis=0).tolist())
+
+
+# ---- a run goes on as if it had not been stopped ----
+
+class Killed(BaseException):
+    pass
+
+
+def stop_at(step, monkeypatch, *flags):
+    """Train with these flags, and die before the step"""
+    real = train.train_step
+
+    def step_or_die(model, optimizer, settings_, number, *rest):
+        if number == step:
+            raise Killed
+        return real(model, optimizer, settings_, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "train_step", step_or_die)
+        train.main(list(flags))
+
+
+def test_stopped_at_any_step_and_resumed_a_run_ends_with_the_same_bits(rte, monkeypatch):
+    flags = [*rte, "--save-every", "2"]
+    train.main([*flags, "--name", "whole"])
+    for step in (0, 1, 2, 5, 7, 11):
+        name = f"cut{step}"
+        stop_at(step, monkeypatch, *flags, "--name", name)
+        # Before step 2 nothing is saved, and the same command begins again.
+        train.main(["--resume", name] if step else [*flags, "--name", name])
+        assert digest(name) == digest("whole"), step
+        seconds = [line["seconds"] for line in log_of(name)]
+        assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bits(
+        how, rte, monkeypatch, capsys):
+    train.main([*rte, "--name", "whole"])
+    real = train.train_step
+
+    def step(model, optimizer, settings_, number, *rest):
+        if number == 4:
+            os.kill(os.getpid(), how)
+        return real(model, optimizer, settings_, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "train_step", step)
+        run_module.run_main(lambda: train.main([*rte, "--name", "x"]))
+    said = "stopped after step 5 and saved; go on with: python train.py --resume runs/x\n"
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith(said)
+    train.main(["--resume", "runs/x"])
+    assert digest("x") == digest("whole")
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(rte, here):
+    flags = [*rte, "--batch-size", "4", "--epochs", "20", "--save-every", "5"]
+    whole = shell(HERE / "train.py", *flags, "--name", "whole")
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--name", "x"])
+    while not (here / "runs/x/resume.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = shell(HERE / "train.py", "--resume", "x")
+    assert whole.returncode == result.returncode == 0 and "going on from step" in result.stderr, result.stderr
+    assert digest("x") == digest("whole")
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.caught_signals() as caught:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        assert caught == [True] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def stopped(rte, here, monkeypatch):
+    """runs/x, stopped after step 5 of 12"""
+    stop_at(6, monkeypatch, *rte, "--save-every", "1", "--name", "x")
+    return here / "runs" / "x"
+
+
+def tensors(change):
+    return lambda saved: change(saved["tensors"])
+
+
+def progress(**values):
+    return lambda saved: saved["progress"].update(values)
+
+
+@pytest.mark.parametrize("damage", [
+    tensors(lambda t: t.update({"exp_avg.encoder.words.weight": torch.zeros(1)})),
+    tensors(lambda t: t.update({"exp_avg_sq.classifier.bias": t["exp_avg_sq.classifier.bias"].double()})),
+    tensors(lambda t: t.update({"step.classifier.bias": torch.zeros(2)})),
+    tensors(lambda t: t.update({"model.classifier.bias": 3})), tensors(lambda t: t.update(x=torch.ones(1))),
+    tensors(lambda t: t.pop("model.classifier.bias")), tensors(lambda t: t.pop("exp_avg.classifier.bias")),
+    progress(step=-1), progress(step=4.0), progress(step=10**9), progress(step=True), progress(epoch=4),
+    progress(position=6), progress(best_epoch="1"), progress(best=None), progress(log_bytes=10**9),
+    progress(log_bytes=-1), lambda saved: saved.pop("order"), lambda saved: saved.update(order=torch.ones(3)),
+    lambda saved: saved.update(progress=7), lambda saved: saved["progress"].pop("epoch"),
+    lambda saved: saved.update(tensors=7)])
+def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(damage, stopped):
+    saved = torch.load(stopped / "resume.pt")
+    damage(saved)
+    torch.save(saved, stopped / "resume.pt")
+    before = files_of(stopped)
+    refusal("--resume", "x")
+    assert files_of(stopped) == before
+
+
+def test_a_log_shorter_than_its_mark_is_refused(stopped):
+    os.truncate(stopped / "metrics.jsonl", 100)
+    assert "metrics.jsonl: is shorter than resume.pt says" in refusal("--resume", "x")
+
+
+def test_resume_goes_on_at_the_path_that_is_given(stopped, here):
+    (here / "runs").rename(here / "elsewhere")
+    train.main(["--resume", "elsewhere/x"])
+    assert not (here / "runs").exists() and not (here / "elsewhere/x/resume.pt").exists()
+
+
+def test_a_resume_file_beside_a_finished_run_is_not_a_run_to_resume(stopped, capsys):
+    (stopped / "run.json").write_text(json.dumps(run_json("x") | {"finished": True, "dev": {}}))
+    assert "no run" in refusal("--resume")
+    train.main(["--resume", "x"])
+    assert "finished already" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_stays_mapped_that_is_about_to_be_replaced(stopped, here, monkeypatch):
+    real, maps = train.atomic_write, []
+
+    def write(path):
+        maps.append(Path("/proc/self/maps").read_text())
+        return real(path)
+
+    monkeypatch.setattr(train, "atomic_write", write)
+    train.main(["--resume", "x"])
+    assert maps and not any(str(here) in text for text in maps)
+
+
+def test_two_runs_that_start_at_once_have_two_folders_and_one_in_training_is_refused(rte, here):
+    processes = [subprocess.Popen([sys.executable, HERE / "train.py", *rte]) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    first, second = names_of(here / "runs")
+    assert second == f"{first}-2" and run_json(first)["finished"] and run_json(second)["finished"]
+    with open(here / "runs" / first / "metrics.jsonl") as file:
+        train.fcntl.flock(file, train.fcntl.LOCK_EX)
+        assert "another process trains it" in refusal(*rte, "--name", first)
+
+
+# ---- a run is what it says ----
+
+def save_pretrained(folder, tokenizer, kind="Albert", seed=0, **more):
+    """A small encoder with random weights and this tokenizer, as transformers saves it"""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=64, **more)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+@pytest.fixture
+def pretrained(rte, here, albert_folder):
+    """Flags for the small RTE with pretrained weights in a/checkpoint-500; b/checkpoint-500 has others"""
+    for name, seed in (("a", 0), ("b", 1)):
+        save_pretrained(here / name / "checkpoint-500", text_module.load_tokenizer(albert_folder), seed=seed)
+    shutil.copytree(rte[-1], here / "glue")             # which a test may change
+    return [*rte, "--model", "a/checkpoint-500", "--data-dir", "glue"]
+
+
+def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pretrained, here, capsys):
+    one = [*pretrained, "--name", "one"]
+    train.main(one)
+    before = files_of(here / "runs/one")
+    train.main(one)
+    assert "finished already" in capsys.readouterr().err and files_of(here / "runs/one") == before
+    assert "holds a run with other settings, data or model" in refusal(*one, "--lr", "1")
+    assert "nowhere" in refusal(*one, "--data-dir", "nowhere")
+    shutil.copytree(here / "b", here / "a", dirs_exist_ok=True)
+    assert "other settings, data or model" in refusal(*one)
+    for n in (2, 3):
+        train.main(pretrained)                          # a run without a name is always a new one
+        assert len(names_of(here / "runs")) == n
+
+
+def test_seeds_of_other_data_or_of_a_model_of_the_same_last_name_are_trained_anew(pretrained, here, capsys):
+    def seeds(*flags):
+        train.main([*pretrained, *flags, "--seeds", "1"])
+        return len(names_of(here / "runs"))
+
+    assert (seeds(), seeds(), seeds("--model", "b/checkpoint-500")) == (1, 1, 2)
+    path = here / "glue/RTE/dev.tsv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    capsys.readouterr()
+    assert seeds("--dry-run") == 2 and shlex.split(capsys.readouterr().out)[-1].endswith("-3")
+    assert seeds() == 3
+
+
+def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here, monkeypatch):
+    stop_at(6, monkeypatch, *pretrained, "--name", "x")
+    shutil.rmtree(here / "a")
+    path = here / "glue/RTE/train.tsv"
+    kept = path.read_text()
+    path.write_text(kept[:-20] + "\n")
+    assert "files have changed" in refusal("--resume", "x")
+    path.write_text(kept)
+    train.main(["--resume", "x"])
+    assert run_json("x")["finished"]
+
+
+@pytest.mark.parametrize("flags", ["--model c", "--model glue", "--data-dir a", "--layers 3 --model r"])
+def test_a_start_that_fails_leaves_no_folder(flags, pretrained, here, roberta_folder):
+    shutil.copytree(here / "a/checkpoint-500", here / "c")
+    (here / "c/spiece.model").unlink()
+    save_pretrained(here / "r", text_module.load_tokenizer(roberta_folder), "Roberta", type_vocab_size=1)
+    refusal(*pretrained, *flags.split())
+    assert not (here / "runs").exists()
+
+
+def test_a_model_may_be_another_runs_encoder(rte, here):
+    train.main([*rte, "--name", "one"])
+    settings_ = run_module.make_settings(task="rte", model="runs/one", method="finetune")
+    (here / "two").mkdir()
+    _, model = run_module.make_model(settings_, here / "two", [])
+    weights = read_safetensors(here / "runs/one/model.safetensors")
+    assert model.lambda_head is None
+    assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
+    train.main([*rte, "--model", "runs/one", "--name", "two"])
+    assert run_json("two")["model"].keys() == {"config.json", "model.safetensors"}
+
+
+def test_a_grid_by_dry_run_lines_in_any_order_and_half_of_them_twice_is_the_same(
+        rte, here, monkeypatch, capsys):
     monkeypatch.setattr(train, "GRID", {"lr": (1e-3, 3e-3), "lambda_lr": (1e-3,)})
-    flags = ["--grid", "--seeds", "2", *QUICK]
+    flags = ["--grid", "--seeds", "2", *rte]
     train.main(flags)
     want = capsys.readouterr().out
+    assert "± " in want and "median" in want and "over 2 seeds from 1 " in want     # the grid had seed 0
     (here / "runs").rename(here / "runs in one go")
-    for _ in range(2):                                          # the grid's lines, then the seeds' lines
+    for _ in range(2):                                  # the grid's lines, then the seeds' lines
         train.main([*flags, "--dry-run"])
         lines = capsys.readouterr().out.splitlines()
-        assert lines and all(line.startswith("python train.py ") for line in lines)
+        assert len(lines) == 2 and all(line.startswith("python train.py ") for line in lines)
         for line in [*reversed(lines), *lines[::2]]:
             train.main(shlex.split(line)[2:])
         capsys.readouterr()
     train.main([*flags, "--dry-run"])
-    assert capsys.readouterr().out == want and "± " in want and "median" in want
+    assert capsys.readouterr().out == want
 
 
-def test_two_processes_give_the_loss_curve_of_one(here):
-    flags = ["--batch-size", "15", "--dropout", "0", "--max-steps", "20", "--device", "cpu"]
-    one = shell(HERE / "train.py", *flags, "--name", "one")
-    two = shell("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.Random(os.getpid()).randint(20000, 60000)), HERE / "train.py", *flags, "--name", "two")
+# ---- several processes ----
+
+def torchrun(*flags):
+    port = str(random.Random(os.getpid()).randint(20000, 60000))
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port,
+            str(HERE / "train.py"), *flags]
+
+
+def test_two_processes_give_the_runs_the_curves_and_the_progress_of_one(rte, here):
+    flags = [*rte, "--batch-size", "21", "--max-steps", "12", "--seeds", "2"]   # the last of 64 rows is alone
+    one = shell(HERE / "train.py", *flags)
+    (here / "runs").rename(here / "one")
+    two = shell(*torchrun(*flags)[1:])
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
-    curves = [[json.loads(line)["task"] for line in (here / "runs" / name / "metrics.jsonl").read_text().splitlines()[:20]] for name in ("one", "two")]
-    assert len(curves[0]) == 20 and np.abs(np.subtract(*curves)).max() < 1e-5
+    assert names_of(here / "one") == names_of(here / "runs") and len(names_of(here / "runs")) == 2
+    for name in names_of(here / "runs"):
+        curves = [[line["loss"] for line in log_of(name, runs) if "loss" in line] for runs in ("one", "runs")]
+        assert len(curves[0]) == 12 and np.abs(np.subtract(*curves)).max() < 1e-5
+    first, second = (re.findall("step 1 of at most 12: loss ([0-9.]+)", said.stderr) for said in (one, two))
+    assert first == second and len(first) == 2 and one.stdout == two.stdout
 
 
-def glue_folder(folder, sizes=(("CoLA", 1063), ("WNLI", 146), ("MRPC", 1725), ("RTE", 3000), ("STS-B", 1379))):
-    """A --data-dir with small made-up train and dev files and test files of the published length"""
-    draw = random.Random(0)
-    sentence = lambda: " ".join(draw.choice(["a", "dog", "ran", "home", "the", "big", "cat", "saw", "it", "well"]) for _ in range(draw.randint(3, 8)))
-    for task, test_rows in sizes:
-        (folder / task).mkdir(parents=True)
-        for split, n in (("train", 64), ("dev", 24), ("test", test_rows)):
-            if task == "CoLA":
-                lines = ["index\tsentence"] * (split == "test") + [f"{i}\t{sentence()}" if split == "test" else f"gj04\t{i % 2}\t\t{sentence()}" for i in range(n)]
-            elif task == "MRPC":
-                lines = ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String" if split != "test" else "index\t#1 ID\t#2 ID\t#1 String\t#2 String"]
-                lines += [f"{i if split == 'test' else i % 2}\t{i}\t{i + 9}\t{sentence()}\t{sentence()}" for i in range(n)]
-            elif task == "STS-B":
-                end = [] if split == "test" else ["score"]
-                lines = ["\t".join(["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", *end])]
-                lines += ["\t".join([str(i), *["x"] * 6, sentence(), sentence(), *([f"{i % 6}.0"] if end else [])]) for i in range(n)]
-            else:
-                words = ("0", "1") if task == "WNLI" else ("entailment", "not_entailment")
-                lines = ["index\tsentence1\tsentence2" + ("" if split == "test" else "\tlabel")]
-                lines += [f"{i}\t{sentence()}\t{sentence()}" + ("" if split == "test" else f"\t{words[i % 2]}") for i in range(n)]
-            (folder / task / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+def test_ctrl_c_under_torchrun_saves_the_step_of_all_and_resume_goes_on_to_the_same_bits(rte, here):
+    flags = [*rte, "--batch-size", "4", "--epochs", "20"]
+    whole = shell(*torchrun(*flags, "--name", "whole")[1:])
+    assert whole.returncode == 0, whole.stderr
+    command = torchrun(*flags, "--name", "x")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if "step 1 of" in line:
+            os.killpg(process.pid, signal.SIGINT)       # what a terminal does
+            break
+    said = process.stderr.read()
+    process.wait(60)
+    assert said.count("and saved; go on with") == 1 and (here / "runs/x/resume.pt").exists()
+    result = shell(*torchrun("--resume")[1:])
+    assert result.returncode == 0 and "going on from step" in result.stderr, result.stderr
+    assert digest("x") == digest("whole")
 
 
-def test_a_submission_from_four_tasks_passes_a_checker_written_from_the_servers_rules(here, capsys):
-    glue_folder(here / "glue")
-    for task in ("cola", "wnli", "rte", "stsb"):
-        train.main(["--task", task, "--model", "tiny", "--layers", "2", "--data-dir", "glue", "--max-length", "16", *QUICK])
-    evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("SST-2.tsv", "MRPC.tsv", "QQP.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "QNLI.tsv", "AX.tsv"))
-    with zipfile.ZipFile("glue.zip") as archive:
-        assert sorted(archive.namelist()) == ["CoLA.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
-        for name, n, valid in (("CoLA", 1063, {"0", "1"}), ("WNLI", 146, {"0", "1"}), ("RTE", 3000, {"entailment", "not_entailment"}), ("STS-B", 1379, None)):
-            header, *lines = archive.read(f"{name}.tsv").decode().rstrip("\n").split("\n")
-            index, predictions = zip(*(line.split("\t") for line in lines))
-            assert header == "index\tprediction" and list(index) == [str(i) for i in range(n)]
-            assert set(predictions) <= valid if valid else all(0 <= float(value) <= 5 for value in predictions)
-
-
-def test_regression_trains_and_evaluates_by_every_method(here, capsys):
-    glue_folder(here / "glue", [("STS-B", 5)])
-    for method in run_module.METHODS:
-        train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--method", method, *QUICK])
-        capsys.readouterr()
-        evaluation.main(["--json", "--device", "cpu"])
-        assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"pearson", "spearman"}
-    with pytest.raises(InputError, match="regression"):
-        train.main(["--task", "stsb", "--method", "pabee", "--exit", "entropy"])
-
-
-def test_tables_and_figures_are_made_from_the_runs_that_there_are(here, small_parity, capsys):
-    with pytest.raises(InputError, match="expected finished runs"):
-        evaluation.main(["--plot", "q"])
-    glue_folder(here / "glue", [("RTE", 5)])
-    for seed in ("0", "1"):
-        train.main(["--task", "rte", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--epochs", "1", "--seed", seed, "--device", "cpu"])
-    train.main(QUICK)
-    train.main([*QUICK, "--method", "pabee"])
-    capsys.readouterr()
-    evaluation.main(["--table"])
-    said = capsys.readouterr().out
-    assert "Table 1" in said and "Table 2" in said and "Table 3" in said and "not run" in said
-    for kind in ("q", "speedup", "prior", "distribution", "negations"):
-        evaluation.main(["--plot", kind, "--device", "cpu"])
-        assert (here / "runs" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_damaged_run_folders_are_one_sentence(here, small_parity):
-    train.main([*QUICK, "--name", "good"])
-    good = here / "runs" / "good"
-    damages = {"run.json": b"{", "config.json": b"[]", "spiece.model": b"no", "model.safetensors": b"\0" * 100}
-    for name, damage in damages.items():
-        kept = (good / name).read_bytes()
-        for bad in (damage, kept[:len(kept) // 2], b""):
-            (good / name).write_bytes(bad)
-            with pytest.raises(InputError) as caught:
-                evaluation.main(["--run", "good", "--device", "cpu"])
-            assert "\n" not in str(caught.value)
-        (good / name).unlink()
-        with pytest.raises(InputError):
-            evaluation.main(["--run", "good", "--device", "cpu"])
-        (good / name).write_bytes(kept)
-    evaluation.main(["--run", "good", "--device", "cpu"])
-    other = json.loads((good / "run.json").read_text())
-    for settings_ in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "pabee"}):
-        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | settings_}))
-        with pytest.raises(InputError):
-            evaluation.main(["--run", "good", "--device", "cpu"])
-
+# ---- pretrained weights and the README's commands ----
 
 def readme_commands():
     """Every command of README.md that starts a file of ours, from blocks and tables, comments cut off"""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^(?:python (?:train|eval)\.py|torchrun .*? train\.py)[^\n#]*", text, re.M) + re.findall(r"`(python (?:train|eval)\.py[^`]*)`", text)
+    found = re.findall(r"^(?:python (?:train|eval)\.py|torchrun .*? train\.py)[^\n#]*", text, re.M)
+    found += re.findall(r"`(python (?:train|eval)\.py[^`]*)`", text)
     return sorted({command.strip() for command in found})
 
 
-def test_the_readmes_first_commands_run_word_for_word_but_for_max_steps(here, capsys):
-    commands = readme_commands()
-    first = ["python train.py", "python eval.py --q 0.5", 'python eval.py --text "the red cat sleeps" --text-b "it is false that the red cat sleeps"',
-             "python eval.py --sweep", "python eval.py --table"]
-    assert set(first) <= set(commands)
+def test_the_readmes_first_commands_run_word_for_word_but_for_max_steps(here):
+    first = ["python train.py", "python eval.py --q 0.5", "python eval.py --sweep", "python eval.py --table",
+             'python eval.py --text "the red cat sleeps" --text-b "it is false that the red cat sleeps"']
+    assert set(first) <= set(readme_commands())
     for command in first:
         program, *flags = shlex.split(command)[1:]
         if program == "train.py":
@@ -1003,24 +1237,444 @@ def test_the_readmes_first_commands_run_word_for_word_but_for_max_steps(here, ca
         result = shell(HERE / program, *flags)
         assert result.returncode == 0 and "Traceback" not in result.stderr, command + result.stderr
         assert program == "train.py" or result.stdout.strip()
-    assert all(word in shell(HERE / "eval.py", "--q", "0.5").stdout for word in ("q 0.5", "sample", "expectation", "mean layer"))
+    said = shell(HERE / "eval.py", "--q", "0.5").stdout
+    assert all(word in said for word in ("q 0.5", "sample", "expectation", "mean layer"))
 
 
 def test_every_other_command_of_the_readme_has_flags_and_values_that_exist(here, monkeypatch):
     parsed = []
-    monkeypatch.setattr(train, "run", lambda settings_, name=None: parsed.append(settings_))
-    monkeypatch.setattr(train, "protocol", lambda given, *_: parsed.append(run_module.make_settings(**given)))
-    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(train, "run", lambda settings_, folder=None: parsed.append(settings_))
+    monkeypatch.setattr(train, "protocol", lambda settings_, *_: parsed.append(settings_))
+    monkeypatch.setattr(train, "find_own", lambda settings_, *_: (None, None))
+    for module in (train, run_module):
+        monkeypatch.setattr(module, "choose_device", lambda name=None: torch.device("cpu"))
     eval_help = shell(HERE / "eval.py", "--help").stdout
     for command in readme_commands():
-        words = shlex.split(command.replace("…", "").replace("FOLDER", str(here)).replace("--task T", "--task rte"))
+        text = command.replace("…", "").replace("FOLDER", str(here)).replace("--task T", "--task rte")
+        words = shlex.split(text)
         if "train.py" in words and "--resume" not in words:
             before = len(parsed)
             train.main(words[words.index("train.py") + 1:])
             assert len(parsed) == before + 1, command
         elif "eval.py" in words:
-            assert all(f"{word} " in eval_help or f"{word}]" in eval_help for word in words if word.startswith("--")), command
+            flags = [word for word in words if word.startswith("--")]
+            assert all(f"{word} " in eval_help or f"{word}]" in eval_help for word in flags), command
     assert len(parsed) > 10
+
+
+# ---- eval.py and paper.py ----
+
+CPU = torch.device("cpu")
+CRITERIA = {"palbert": ("q", "sample", "expectation", "last"), "pondernet": ("sample", "q"),
+            "berxit": ("learned",), "pabee": ("patience", "entropy"), "finetune": ("last",)}
+
+
+@pytest.fixture(scope="module")
+def parity_runs(tmp_path_factory):
+    """A folder whose runs/ has one epoch of every method on few rows of parity, palbert with two seeds"""
+    folder, real = tmp_path_factory.mktemp("parity"), glue.load
+    few = lambda task, split, _=None: real(task, split)[:192 if split == "train" else 40]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(run_module, "load", few)
+        patch.setattr(train, "load", few)
+        for flags in [["palbert", "--seed", "1"], *([method] for method in CRITERIA)]:
+            train.main(["--method", *flags, "--epochs", "1", "--device", "cpu", "--name", "".join(flags)])
+    return folder
+
+
+@pytest.fixture
+def runs(parity_runs, here, small_parity, monkeypatch):
+    monkeypatch.chdir(parity_runs)
+    return Path("runs")
+
+
+def asked(capsys, *flags):
+    """What eval.py prints on stdout"""
+    capsys.readouterr()
+    evaluation.main([*map(str, flags), "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, criterion", [(m, c) for m, criteria in CRITERIA.items() for c in criteria])
+def test_in_float32_no_row_leaves_elsewhere_than_the_pass_of_full_depth_says(method, criterion, runs, capsys):
+    result = json.loads(asked(capsys, "--run", method, "--exit", criterion, "--json"))
+    assert set(result) >= {"task", "split", "exit", "q", "score", "metrics", "seconds", "seconds_full_depth"}
+    assert result["differ"] == 0 and result["exit"] == criterion and set(result["metrics"]) == {"accuracy"}
+    assert sum(result["layers"]) == pytest.approx(40) and len(result["layers"]) == 12
+    assert sum(n * c for n, c in enumerate(result["layers"], 1)) / 40 == pytest.approx(result["mean_layer"])
+    kept = json.loads((runs / method / "run.json").read_text())["dev"][criterion]
+    assert (kept["score"], kept["mean_layer"]) == pytest.approx((result["score"], result["mean_layer"]))
+
+
+def test_rows_that_leave_elsewhere_are_counted_by_their_layers_in_a_table(runs, capsys, monkeypatch):
+    def otherwise(*arguments, **keywords):
+        outputs, layers = run_module.predict_all(*arguments, **keywords)
+        return outputs + 1, torch.where(torch.arange(len(layers)) < 3, 13 - layers, layers)
+
+    monkeypatch.setattr(evaluation, "predict_all", otherwise)
+    lines = asked(capsys, "--run", "palbert").splitlines()
+    assert [line.split()[-1] for line in lines[3:]] == ["3", "3", "0", "3"]
+
+
+def test_every_way_has_run_once_before_it_is_timed(runs, monkeypatch, capsys):
+    calls = []
+
+    def watched(name, *arguments, **keywords):
+        calls.append(name)
+        return getattr(run_module, name)(*arguments, **keywords)
+
+    for name in ("all_layers", "predict_all", "timed"):
+        monkeypatch.setattr(evaluation, name, functools.partial(watched, name))
+    asked(capsys, "--run", "pabee")
+    assert calls == ["all_layers", "timed", "all_layers", *3 * ["predict_all", "timed", "predict_all"]]
+
+
+def test_the_precision_that_is_given_overrides_the_runs_in_every_pass(runs, monkeypatch, capsys):
+    seen, real = set(), run_module.autocast
+
+    def watched(device, precision=None):
+        seen.add(precision)
+        return real(device, "float32")
+
+    monkeypatch.setattr(run_module, "autocast", watched)
+    asked(capsys, "--run", "palbert", "--precision", "bf16")
+    assert seen == {"bf16"}
+
+
+def test_the_expectation_is_computed_from_the_same_pass_as_every_q(runs):
+    settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
+    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
+    logits, lam = run_module.all_layers(model, inputs)
+    outputs, _ = run_module.apply_exit("expectation", settings_, logits, lam)
+    assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam)))
+    one_by_one = [model(*pad([row], model.encoder, "cpu"))[0][0] for row in inputs[:5]]
+    assert torch.allclose(logits[:5], torch.stack(one_by_one), atol=1e-4)
+
+
+def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(runs, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "bench", functools.partial(paper.bench, rounds=1))
+    text = asked(capsys, "--bench", "--run", "palbert")
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
+    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
+    assert re.search(r"one layer on 32 x \d+: \d+ GFLOP/s, \d+% of the best product's \d+", text)
+    settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
+    inputs, _ = run_module.read_split(settings_, tokenizer, "dev")
+    logits, layers = model.predict_many(inputs, QExit(0.5))
+    order = [row for batch in glue.buckets([len(ids) for ids, _ in inputs], 8) for row in batch]
+    with torch.no_grad():
+        assert torch.allclose(paper.released_way(model, inputs, layers), logits, atol=1e-4)
+        last = model.predict_many([inputs[row] for row in order], FixedExit(12))[0]
+        assert torch.allclose(paper.full_depth(model, inputs, 8), last, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["rte", "cola", "stsb"])
+def test_fixed_layers_the_oracle_and_layers_dealt_at_random_equal_plain_loops(task):
+    torch.manual_seed(0)
+    C, N, L = glue.TASKS[task].num_labels, 30, 4
+    logits, lam, labels = torch.randn(N, L, C), torch.rand(N, L), [n % (6 if C == 1 else 2) for n in range(N)]
+    value = logits[..., 0].tolist() if C == 1 else logits.argmax(2).tolist()
+    score = lambda layers: glue.score(task, [value[n][i - 1] for n, i in enumerate(layers)], labels)["score"]
+    found = paper.study(run_module.make_settings(task=task, q=0.6), {"dev": (logits, lam, labels)})
+    assert found["by_layer"] == pytest.approx([score([i] * N) for i in range(1, L + 1)])
+    first, leaves = [], []
+    for n in range(N):
+        error = [abs(value[n][i] - labels[n]) for i in range(L)]
+        first.append(error.index(min(error)) + 1 if C == 1 or 0 in error else L)
+        reach, cdf, layer = 1.0, 0.0, 0
+        while cdf <= 0.6 and layer < L:
+            x = lam[n, layer].item()
+            cdf, reach, layer = cdf + reach * x, reach * (1 - x), layer + 1
+        leaves.append(layer)
+    assert found["oracle"] == pytest.approx({"score": score(first), "mean_layer": sum(first) / N})
+    deals = [torch.randperm(N, generator=torch.Generator().manual_seed(deal)).tolist() for deal in range(20)]
+    expected = {"score": score(leaves), "mean_layer": sum(leaves) / N,
+                "dealt": sum(score([leaves[n] for n in deal]) for deal in deals) / 20}
+    assert {name: found["dev"]["q"][name] for name in expected} == pytest.approx(expected)
+    assert found["dev"]["q"]["histogram"] == pytest.approx([leaves.count(i) / N for i in range(1, L + 1)])
+    row, = [row for row in found["sweep"]["q"] if row["q"] == 0.6]
+    assert row == pytest.approx({"q": 0.6, "speed_up": L / expected["mean_layer"], **expected})
+
+
+def test_of_two_dev_sets_run_json_keeps_the_means_and_the_metrics_of_each():
+    torch.manual_seed(0)
+    arrays = {split: (torch.randn(20, 3, 3), torch.rand(20, 3), [n % 3 for n in range(20)]) for split in "ab"}
+    settings_ = run_module.make_settings(task="mnli", method="pabee")
+    both, *each = [paper.study(settings_, {x: arrays[x] for x in splits}) for splits in ("ab", *"ab")]
+    for path in (("by_layer", 0), ("oracle", "score"),
+                 ("dev", "entropy", "dealt"), ("sweep", "patience", 3, "dealt")):
+        value = lambda tree: functools.reduce(lambda part, key: part[key], path, tree)
+        assert value(both) == pytest.approx(sum(map(value, each)) / 2)
+    kept, one, two = [tree["dev"]["last"]["metrics"] for tree in (both, *each)]
+    assert kept == one | two
+
+
+@pytest.mark.parametrize("method, criterion, column", [
+    ("palbert", "q", "CDF"), ("pondernet", "sample", "u < lambda"), ("pabee", "patience", "agreed"),
+    ("pabee", "entropy", "entropy"), ("berxit", "learned", "certainty"), ("finetune", "last", "entropy")])
+def test_one_input_is_explained_by_the_exits_own_criterion(method, criterion, column, runs, capsys):
+    lines = asked(capsys, "--run", method, "--exit", criterion, "--text", "the red cat sleeps",
+                  "--text-b", "we all know that the red cat sleeps").splitlines()
+    assert len(lines) == 17 and column in lines[4]
+    assert ("lambda  " in lines[4]) == (method in ("palbert", "pondernet"))
+    marked, = [line for line in lines if line.endswith("<- exit")]
+    assert f"at layer {marked.split()[0]} of 12, by {criterion} exit" in lines[2]
+
+
+def test_the_values_explained_are_those_that_the_rules_compare():
+    torch.manual_seed(0)
+    logits, lam = torch.randn(1, 9, 2), torch.rand(1, 9)
+    settings_, agreed = run_module.make_settings(patience=2), [0]
+    values = lambda criterion: evaluation.criterion_values(criterion, settings_, logits, lam)[1]
+    for before, now in itertools.pairwise(logits[0].argmax(1).tolist()):
+        agreed.append(agreed[-1] + 1 if before == now else 0)
+    assert values("patience") == agreed
+    left = [math.prod(1 - x for x in lam[0, :i].tolist()) for i in range(1, 9)]
+    assert values("q") == pytest.approx([1 - x for x in left] + [1])
+    entropy = scipy.stats.entropy(logits[0].softmax(1).numpy(), axis=1)
+    assert values("entropy") == pytest.approx(entropy, abs=1e-5)
+
+
+def test_a_file_gets_the_answers_of_predict_many_in_its_order_in_any_chunks(runs, here, capsys, monkeypatch):
+    examples, file, answers = glue.load("parity", "dev")[:20], here / "in.tsv", here / "out.tsv"
+    rows_ = [("sentence1", "sentence2", "note"), *examples]
+    file.write_text("".join(f"{a}\t{note}\t{b}\n" for a, b, note in rows_))
+    settings_, tokenizer, model = run_module.load_run(runs / "pabee", CPU)
+    inputs = tokenizer.encode_all(examples)
+    entropies = torch.special.entr(run_module.all_layers(model, inputs)[0][:, 0].softmax(1)).sum(1)
+    threshold = round(entropies.median().item(), 7)                 # about half of the rows leave at layer 1
+    logits, layers = model.predict_many(inputs, EntropyExit(threshold))
+    assert len(set(layers.tolist())) > 1
+    words_ = [("opposite", "same")[row.argmax()] for row in logits]
+    expected = [[word, str(layer)] for word, layer in zip(words_, layers.tolist())]
+    for chunk in (7, 4096):
+        monkeypatch.setattr(evaluation, "CHUNK", chunk)
+        asked(capsys, "--run", "pabee", "--entropy", threshold, "--input", file, "--output", answers)
+        header, *rows_ = [line.split("\t") for line in answers.read_text().splitlines()]
+        assert header == ["label", "probability", "layer"] and [[row[0], row[2]] for row in rows_] == expected
+        assert [float(p) for _, p, _ in rows_] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-3)
+    evaluation.main(["--run", "pabee", "--entropy", str(threshold), "--input", str(file)])
+    said = capsys.readouterr()
+    assert said.out == answers.read_text() and "20 of 20 rows" in said.err
+
+
+def test_a_bad_row_of_a_file_is_one_sentence_before_any_work_and_older_answers_stay(runs, here, monkeypatch):
+    (here / "in.tsv").write_text("sentence1\tsentence2\n" + "a\tb\n" * 9 + "a\n")
+    (here / "out.tsv").write_text("old")
+    monkeypatch.setattr(evaluation, "predict_all", lambda *_: pytest.fail("worked first"))
+    with pytest.raises(InputError, match="in.tsv.*11"):
+        evaluation.main(["--run", "pabee", "--input", f"{here}/in.tsv", "--output", f"{here}/out.tsv"])
+    assert (here / "out.tsv").read_text() == "old"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--patience 0", "--patience 0"),
+    ("--batch-size 0", "--batch-size 0"), ("--batch-size x", "--batch-size"), ("--exit no", "--exit no"),
+    ("--precision fp8", "--precision fp8"), ("--device tpu", "--device tpu"), ("--plot x", "--plot"),
+    ("--run x --plot q", "--run does nothing"), ("--sweep --bench", "--bench does nothing beside --sweep"),
+    ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
+    ("--sweep --q 0.3", "--q does nothing"), ("--output x", "with --input"), ("--text-b x", "with --text"),
+    ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished GLUE runs of palbert"),
+    ("--run x", "no run 'x'"), ("", "no run with"), ("--table --runs x", "--runs x: expected a folder")])
+def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
+    with pytest.raises(InputError, match=words):
+        evaluation.main(flags.split())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--exit patience", "exits by q, sample"), ("--patience 3", "exits by q"), ("--text a", "two texts"),
+    ("--q 0.3 --exit last --text a --text-b b", "--q does nothing"), ("--sweep --exit sample", "--exit q"),
+    ("--exit expectation --text a --text-b b", "reads every layer")])
+def test_what_the_run_does_not_have_or_use_is_refused(flags, words, runs):
+    with pytest.raises(InputError, match=words):
+        evaluation.main(["--run", "palbert", *flags.split()])
+
+
+def test_the_first_line_says_run_epoch_device_and_that_a_run_is_unfinished(runs, here, capsys):
+    assert asked(capsys, "--run", "pabee").startswith("runs/pabee, epoch 1, on cpu")
+    shutil.copytree(runs / "pabee", here / "stopped")
+    values = json.loads((here / "stopped" / "run.json").read_text()) | {"finished": False, "best_epoch": None}
+    (here / "stopped" / "run.json").write_text(json.dumps(values))
+    said = asked(capsys, "--run", here / "stopped")
+    assert "stopped, UNFINISHED, its best epoch so far 1" in said.splitlines()[0]
+
+
+def test_help_fits_80_columns(here):
+    lines = shell(HERE / "eval.py", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.splitlines()
+    assert len(lines) > 40 and max(map(len, lines)) <= 80
+
+
+def keep_result(folder, score, model="albert-base-v2", encoder="albert", **given):
+    """A finished run's run.json alone, as a folder of results has it; the score stands everywhere"""
+    settings_ = run_module.make_settings(**{"task": "rte", "model": model} | given)
+    row = {"score": float(score), "mean_layer": 2.0, "dealt": score - 1.0}
+    dev = dict.fromkeys(settings_.exits, row | {"metrics": {}, "histogram": [0.0, 1.0, 0.0]})
+    sweep = {name: [row | {name: value, "speed_up": 1.5} for value in run_module.SWEEPS[name]]
+             for name in settings_.exits if name in run_module.SWEEPS}
+    values = {"settings": dataclasses.asdict(settings_), "finished": True, "encoder": encoder, "dev": dev,
+              "sweep": sweep, "by_layer": [score - 2.0, score - 1.0, score],
+              "oracle": {"score": score + 5.0, "mean_layer": 1.2}}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def results(here):
+    """A grid, five seeds of other settings, ablations with more seeds and better scores, two damaged files"""
+    keep = functools.partial(keep_result, here / "results")
+    for lr, batch_size in itertools.product((1e-5, 2e-5, 5e-5), (16, 128)):
+        keep(99, lr=lr, batch_size=batch_size)
+    for seed in range(5):
+        keep(80 + seed, lr=3e-5, seed=seed)
+        keep(70 + seed, lr=3e-5, seed=seed, prior=0.2)
+    for seed in range(7):
+        keep(95, seed=seed, beta=0.0)
+        keep(95, seed=seed, method="pabee", patience=2)
+        keep(95, seed=seed, classifiers="per_layer")
+        keep(95, seed=seed, max_steps=5)
+    keep(60, method="pabee")
+    keep(61, method="pabee", seed=1)
+    keep(50, method="finetune")
+    keep(51, method="finetune", lr=2e-5)
+    keep(90, model="minilm", encoder="bert")
+    whole = json.loads((here / "results" / "0.json").read_text())
+    del whole["dev"]["sample"]["dealt"]
+    (here / "results" / "lacks.json").write_text(json.dumps(whole))
+    (here / "results" / "bad.json").write_text("{")
+    return here / "results"
+
+
+def test_a_cell_is_the_seeds_of_one_set_of_settings_and_a_damaged_file_is_passed_over(results, capsys):
+    evaluation.main(["--table", "--runs", "results"])
+    said, warned = capsys.readouterr()
+    assert "bad.json" in warned and "lacks.json" in warned and warned.count("passed over") == 2
+    one, two, three, systems = [part.splitlines() for part in re.split("Table .|Every system", said)[1:]]
+    under = lambda table, name: table[[line.startswith(f"| {name} |") for line in table].index(True) + 1]
+    assert "82.0 ± 1.6 (n = 5, layer 2.0, dealt 81.0)" in under(one, "all: PALBERT")
+    assert "ours, albert-base-v2 | not run | 82.0 (n = 5" in under(two, "PALBERT")
+    assert "60.5 (n = 2" in under(two, "PABEE (t = 6)") and "51.0 (n = 1," in under(two, "ALBERT")
+    assert "paper" in under(two, "RoBERTa") and not any("ours," in line for line in three)
+    rows_ = {tuple(line.strip("| ").split(" | ")[:3]): line for line in systems[4:]}
+    assert "95.0 ± 0.0 (n = 7" in rows_["albert-base-v2", "palbert, beta 0.0", "q"]
+    assert "95.0 ± 0.0 (n = 7" in rows_["albert-base-v2", "pabee, patience 2", "entropy"]
+    assert "| 80.0 81.0 82.0 |" in rows_["albert-base-v2", "palbert", "every fixed layer"]
+    assert "| 87.0 (layer 1.2) |" in rows_["albert-base-v2", "palbert", "first right layer"]
+    assert "90.0 (n = 1" in rows_["minilm", "palbert", "q"]
+
+
+@pytest.mark.parametrize("kind, labels", [
+    ("q", ["palbert, n = 5"]), ("prior", ["λ 0.1: 82.0", "λ 0.2: 72.0"]),
+    ("speedup", ["PALBERT, Q-exit", "PABEE, patience", "PABEE's heads, entropy", "plain model"])])
+def test_figures_2_to_4_are_drawn_from_those_cells_without_a_model(kind, labels, results):
+    from matplotlib import pyplot
+    axis = paper.plot_panels(pyplot, paper.cells(paper.finished_runs(results)), kind).axes[0]
+    assert axis.get_title() == "RTE, albert-base-v2" and axis.get_legend_handles_labels()[1] == labels
+    if kind == "speedup":
+        ringed = [line.get_xydata().tolist() for line in axis.lines if line.get_fillstyle() == "none"]
+        assert axis.get_xscale() == "log" and ringed == [[[1.5, 82]], [[1.5, 60.5]]]
+    evaluation.main(["--plot", kind, "--runs", "results", "--out", "x.png"])
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["distribution", "negations"])
+def test_figures_that_read_the_models_read_all_seeds(kind, runs, here, capsys):
+    evaluation.main(["--plot", kind, "--out", str(here / "x.png"), "--device", "cpu"])
+    assert (here / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err.count("reading") == 2
+
+
+def test_fig_5_has_the_mean_of_the_seeds_and_the_prior_and_without_runs_there_is_no_figure(runs):
+    from matplotlib import pyplot
+    lam = iter([torch.full((2, 12), 0.5), torch.full((2, 12), 1.0)])
+    found = paper.cells(paper.finished_runs(runs))
+    figure = paper.plot_distribution(pyplot, found, lambda run, split: (None, None, next(lam)))
+    curve, prior = figure.axes[0].lines
+    assert curve.get_ydata()[0] == 0.75 and prior.get_linestyle() == "--"
+    assert prior.get_ydata() == pytest.approx(geometric_prior(0.25, 12).numpy())
+    with pytest.raises(InputError, match="finished runs"):
+        evaluation.main(["--plot", "q", "--runs", "/"])
+
+
+HEADERS = {"CoLA": ["sentence"], "MRPC": ["#1 String", "#2 String"]}
+LABELS = {"CoLA": ("label", "01"), "MRPC": ("Quality", "01"), "STS-B": ("score", "0123"),
+          "MNLI": ("gold_label", glue.TASKS["mnli"].labels), "RTE": ("label", glue.TASKS["rte"].labels)}
+
+
+def glue_folder(folder, sizes):
+    """A --data-dir with made-up train and dev files, and test files of sizes [(folder or file, rows)]"""
+    draw = random.Random(0)
+    for name, test_rows in sizes:
+        task, _, test = name.partition("/")
+        test = test or "test"
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        columns, (label, words) = HEADERS.get(task, ["sentence1", "sentence2"]), LABELS[task]
+        for split, n in (("train", 64), (test.replace("test", "dev"), 24), (test, test_rows)):
+            header = [*columns] if split == test else [*columns, label]
+            lines = [] if task == "CoLA" and split != test else ["\t".join(["index", *header])]
+            for i in range(n):
+                row = [str(i), *(" ".join(draw.choices(("a", "dog", "ran", "cat"), k=5)) for _ in columns)]
+                if split != test:
+                    row.append(words[i % len(words)])
+                    row = ["x", row[2], "", row[1]] if task == "CoLA" else row
+                lines.append("\t".join(row))
+            (folder / task / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, capsys):
+    glue_folder(here / "glue", [("CoLA", 1063), ("STS-B", 1379), ("MNLI/test_matched", 9796),
+                                ("MNLI/test_mismatched", 9847)])
+    (here / "glue" / "AX.tsv").write_text("index\tsentence1\tsentence2\n" + "0\ta dog\ta cat\n" * 1104)
+    small = ["--model", "tiny", "--data-dir", "glue", "--max-length", "12", "--epochs", "1", *QUICK[2:]]
+    for flags in (["cola"], ["cola", "--seed", "1"], ["mnli"], ["stsb"], ["cola", "--method", "finetune"]):
+        train.main(["--task", *flags, *small, "--name", "".join(flags)])
+    for name, score in (("cola", 60), ("cola--seed1", 61), ("cola--methodfinetune", 99)):   # another system
+        path = here / "runs" / name / "run.json"
+        path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
+    with pytest.raises(InputError, match="of pabee with albert-base-v2 in runs/, found models: none"):
+        evaluation.main(["--submit", "glue.zip", "--method", "pabee"])
+    capsys.readouterr()
+    evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "for want of a run: SST-2.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, RTE.tsv, WNLI.tsv" in said.out
+    assert "runs/cola--seed1, dev 61.0 by q" in said.err and "finetune" not in said.err
+    check_submission("glue.zip", ["CoLA", "STS-B", "MNLI-m", "MNLI-mm", "AX"])
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_regression_trains_evaluates_sweeps_explains_and_answers_by_every_method(method, here, capsys):
+    glue_folder(here / "glue", [("STS-B", 5)])
+    train.main(["--task", "stsb", "--model", "tiny", "--layers", "3", "--data-dir", "glue", "--epochs", "1",
+                "--method", method, *QUICK[2:]])
+    result = json.loads(asked(capsys, "--json"))
+    assert set(result["metrics"]) == {"pearson", "spearman"} and result["differ"] == 0
+    if result["exit"] in run_module.SWEEPS:
+        assert len(json.loads(asked(capsys, "--sweep", "--json"))["by_layer"]) == 3
+    assert asked(capsys, "--text", "a dog", "--text-b", "a cat").count("\n") == 8
+    header, *lines = asked(capsys, "--input", "glue/STS-B/test.tsv").splitlines()
+    assert header == "value\tlayer" and len(lines) == 5
+    assert all(1 <= int(line.split("\t")[1]) <= 3 for line in lines)
+
+
+def test_damaged_run_folders_are_one_sentence(runs, here, monkeypatch):
+    shutil.copytree(runs / "pabee", here / "runs" / "good")
+    monkeypatch.chdir(here)
+    good, evaluate = here / "runs" / "good", lambda: evaluation.main(["--run", "good", "--device", "cpu"])
+    for name in ("run.json", "config.json", "spiece.model", "model.safetensors"):
+        kept = (good / name).read_bytes()
+        for bad in (b"{", b"[]", b"\0" * 100, kept[:len(kept) // 2], b"", None):
+            (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
+            with pytest.raises(InputError) as caught:
+                evaluate()
+            assert "\n" not in str(caught.value)
+        (good / name).write_bytes(kept)
+    evaluate()
+    other = json.loads((good / "run.json").read_text())
+    for wrong in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "palbert"}):
+        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | wrong}))
+        with pytest.raises(InputError):
+            evaluate()
 
 
 # ---- encoders: the same numbers as transformers, from every file form ----

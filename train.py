@@ -1,333 +1,563 @@
 """Fine-tune PALBERT and the systems that the paper compares it with.
 
-    python train.py                                   the built-in task parity, from scratch, no download
-    python train.py --task mrpc --device cuda         MRPC and albert-base-v2, with the paper's settings
-    python train.py --task mrpc --grid --seeds 5      the paper's protocol: Table 4's grid, then 5 seeds of its best settings
-    torchrun --nproc-per-node 2 train.py --task mrpc  one run on two devices, with the same result
+    python train.py                            parity, from scratch, no download
+    python train.py --task mrpc --device cuda  the paper's settings on MRPC
+    python train.py --task mrpc --grid --seeds 5
+                  the paper's protocol: Table 4's grid, then 5 fresh seeds
+    torchrun --nproc-per-node 2 train.py --task mrpc
+                  one run on two devices: one process's, but for other dropout
 
-A run is a folder under runs/: config.json, the tokenizer, model.safetensors (the weights of the best epoch), run.json (settings,
-versions, data, results), metrics.jsonl, and resume.pt while it is unfinished.
+A run is a folder under runs/: config.json, the tokenizer, model.safetensors
+(of the best epoch), run.json (settings, origin, versions, results),
+metrics.jsonl, and resume.pt while it is unfinished.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
+import re
 import shlex
+import shutil
 import signal
 import statistics
+import sys
+import threading
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from checkpoint import InputError, atomic_write, read_safetensors, read_torch, sha256_file, write_safetensors
-from glue import TASKS, buckets, load
+from checkpoint import InputError, atomic_write, read_torch, sha256_file, write_safetensors
 from fast import pad, upload
-from ponder import elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
-from run import (RUNS, Interrupted, Parser, Settings, autocast, check_model, choose_device, describe, evaluate, find_run, in_main_thread,
-                 load_state, local_device, make_model, make_settings, open_run, parse, print_results, read_run, read_split, run_main,
-                 run_name, say, write_json)
+from glue import buckets, load
+from paper import study
+from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
+from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, all_layers, autocast, changed_settings,
+                 check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
+                 make_settings, model_type, open_run, origin_of, read_run, read_split, run_main, run_name,
+                 say, splits_of, write_json)
 
-GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}      # Table 4
-LOG_EVERY = 50        # steps between two looks at the device: losses wait there until then
+try:
+    import fcntl
+except ImportError:     # Windows, where a run is not locked
+    fcntl = None
+
+# Table 4
+GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
+GROUPS = {"task": "the run", "exit": "the method", "lr": "the training"}    # of flags, by the first of each
+LOG_EVERY = 50          # steps between two looks at the device, where the losses wait
 
 
-# ---- training ----
+# ---- one step ----
 
 def loss_of(settings, logits, lam, labels, prior):
-    """The method's training loss over a batch, and its parts for the log."""
-    if settings.has_lambda:
-        return elbo_loss(logits, lam, labels, prior, settings.beta)
+    """The method's loss over a batch, and its parts for the log"""
     if settings.method == "pabee":
         return layer_weighted_loss(logits, labels)
-    loss = layer_losses(logits[:, -1:], labels).mean()
-    return loss, {"task": loss.detach()}
+    if settings.method == "berxit":
+        return berxit_loss(logits, lam, labels)
+    if settings.method == "finetune":
+        loss = layer_losses(logits[:, -1:], labels).mean()
+        return loss, {"task": loss.detach()}
+    return elbo_loss(logits, lam, labels, prior, settings.beta, settings.cut)
 
 
 def make_optimizer(model, settings):
-    """Adam at a constant rate, without decay; the Lambda head has a rate of its own unless lambda_lr is None."""
-    own = set(model.lambda_head.parameters()) if model.lambda_head and settings.lambda_lr else set()
-    groups = [{"params": [p for p in model.parameters() if p not in own], "lr": settings.lr}]
+    """Adam at a constant rate, without decay; the Lambda head has its own rate unless lambda_lr is None."""
+    own = set()
+    if model.lambda_head is not None and settings.lambda_lr is not None:
+        own = set(model.lambda_head.parameters())
+    groups = [{"params": [p for p in model.parameters() if p not in own], "base": settings.lr}]
     if own:
-        groups.append({"params": [p for p in model.parameters() if p in own], "lr": settings.lambda_lr})
-    return torch.optim.Adam([group | {"base": group["lr"]} for group in groups], fused=True)
+        groups.append({"params": [p for p in model.parameters() if p in own], "base": settings.lambda_lr})
+    optimizer = torch.optim.Adam(groups, fused=True)
+    for p in model.parameters():    # as Adam's first step would do; so what is resumed has its place
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, world=1):
-    """One step on a global batch, of which this process takes every world-th row -> parts of the loss (len(settings.parts),), this
-    process's share of them, left on the device.
-
-    The loss is summed over local rows and divided by the global batch, and gradients are summed, so any number of processes gives one
-    result. The global generator is seeded from (seed, step) first: dropout depends on nothing else.
-    """
+    """One step on a global batch, of which this process takes every world-th row -> {part of the loss: this
+    process's share ()}, on the device. Losses and gradients are summed over processes, so any number of them
+    gives one result, but for dropout, which seed, step and rank decide."""
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + rank)
     parameters = list(model.parameters())
-    device = parameters[0].device
-    local = range(rank, len(inputs), world)
-    share = len(local) / len(inputs)
-    parts = torch.zeros(len(settings.parts), device=device)
+    device, rows = parameters[0].device, range(rank, len(inputs), world)
+    share = len(rows) / len(inputs)
+    rows = rows or range(1)             # a process without a row takes one that counts nothing
+    batch = pad([inputs[row] for row in rows], model.encoder, device)
+    targets = upload([labels[row] for row in rows], device, dtype=None)     # class indices, or floats
     optimizer.zero_grad()
-    if share:
-        batch = pad([inputs[row] for row in local], model.encoder, device)
-        targets = upload([labels[row] for row in local], device, dtype=None)    # class indices, or floats
-        with autocast(device):
-            logits, lam = model(*batch)
-        loss, named = loss_of(settings, logits, lam, targets, prior)
-        (loss * share).backward()
-        parts = torch.stack([named[name] for name in settings.parts]) * share
+    with autocast(device, settings.precision):
+        logits, lam = model(*batch)
+    loss, parts = loss_of(settings, logits, lam, targets, prior)
+    (loss * share).backward()
     if world > 1:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
-    if settings.clip:
+    if settings.clip is not None:
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = group["base"] * min(1, (step + 1) / max(1, settings.warmup))
     optimizer.step()
-    return parts
+    return {name: part * share for name, part in ({"loss": loss.detach()} | parts).items()}
 
 
-def train(settings, folder):
-    """Train one run into its folder, or go on with it from its resume.pt; returns the results on dev by exit, as run.json keeps them."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = local_device(choose_device(settings.device))
-    task, started = TASKS[settings.task], time.time()
-    examples = load(settings.task, "train", settings.data_dir)
-    resume = folder / "resume.pt"
-    resumed = read_torch(resume) if resume.exists() else None
-    if rank == 0 and resumed is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer, model = make_model(settings, folder, examples)
-        write_json(folder / "run.json", describe(settings, device))
-    if world > 1:
-        dist.barrier()
-    if rank or resumed is not None:
-        tokenizer, model = open_run(folder, settings)
-    model = model.to(device).train()
-    optimizer = make_optimizer(model, settings)
-    prior = geometric_prior(settings.prior, model.num_layers).to(device)
-    inputs, labels = tokenizer.encode_all(examples, settings.max_length), [example.label for example in examples]
-    dev = {split: read_split(settings, tokenizer, split) for split in task.dev_splits}
-    order, at = torch.Generator().manual_seed(settings.seed), {"step": 0, "epoch": 0, "position": 0, "best": None, "worse": 0, "metrics": 0}
-    if resumed is not None:
-        try:
-            load_state(model, resumed["model"], resume)
-            optimizer.load_state_dict(resumed["optimizer"])
-            order.set_state(resumed["order"])
-            at = {name: resumed["at"][name] for name in at}
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise InputError(f"{resume}: does not fit this run ({error}); delete it to start the run again") from None
-        say(f"going on from step {at['step']}", rank)
-    elif world > 1:
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-    metrics, waiting, interrupted = (open(folder / "metrics.jsonl", "ab") if rank == 0 else None), [], []
-    if rank == 0:
-        metrics.truncate(at["metrics"])
+# ---- what a run remembers ----
 
-    def write(line):
-        if rank == 0:
-            metrics.write(json.dumps(line | {"seconds": round(time.time() - started, 3)}).encode() + b"\n")
+@dataclass
+class Progress:
+    """How far a run is."""
 
-    def flush():
-        """Fetch the losses that wait on the device, check and log them."""
-        if not waiting:
-            return
-        values = torch.stack([parts for _, _, parts in waiting])
-        if world > 1:
-            dist.all_reduce(values)
-        first = at["step"] - len(waiting) + 1
-        for step, ((rows, rates, _), parts) in enumerate(zip(waiting, values.tolist()), first):
-            write({"step": step, "epoch": at["epoch"] + 1} | dict(zip(settings.parts, parts)) | dict(zip(("lr", "lambda_lr"), rates)))
-            if not all(abs(part) < float("inf") for part in parts):
-                raise InputError(f"step {step}: the loss is not finite ({dict(zip(settings.parts, parts))}) on training rows {rows}; "
-                                 f"the weights of the best epoch so far are kept; try a lower --lr")
-        waiting.clear()
+    step: int = 0
+    epoch: int = 0          # epochs that are done
+    position: int = 0       # batches of the next epoch that are done
+    best_epoch: int = 0
+    log_bytes: int = 0      # of metrics.jsonl, as far as it counts
+    best: float = -math.inf
+    seconds: float = 0.0
 
-    def save(generator_state):
-        flush()
-        if rank == 0:
-            metrics.flush()
-            os.fsync(metrics.fileno())
-            at["metrics"] = metrics.tell()
-            with atomic_write(resume) as file:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": generator_state, "at": at}, file)
 
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True)) if world == 1 and in_main_thread() else None
-    done_before, speed_from = at["step"], time.time()
+def state_of(model, optimizer):
+    """All tensors that a run goes on from, by name: the weights, and Adam's step and means for each"""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        tensors |= {f"{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
+    return tensors
+
+
+def read_resume(path, tensors, order, progress, most):
+    """Fill tensors, generator and progress from resume.pt. InputError, before anything is changed, where it
+    does not fit; most: the greatest value of each counter."""
+    saved = read_torch(path)
     try:
-        while at["epoch"] < settings.epochs and at["worse"] < settings.stop_after and at["step"] != settings.max_steps:
-            generator_state = order.get_state()
-            batches = buckets([len(ids) for ids, _ in inputs], settings.batch_size, order)
-            total = min(settings.epochs * len(batches), settings.max_steps or 10**12)
-            for batch in batches[at["position"]:]:
-                parts = train_step(model, optimizer, settings, at["step"], [inputs[row] for row in batch], [labels[row] for row in batch],
-                                   prior, rank, world)
-                waiting.append((batch, [group["lr"] for group in optimizer.param_groups], parts))
-                at["step"] += 1
-                at["position"] += 1
-                if at["step"] % LOG_EVERY == 0:
-                    logged = parts
-                    flush()
-                    pace = (time.time() - speed_from) / (at["step"] - done_before)
-                    say(f"epoch {at['epoch'] + 1}, step {at['step']} of at most {total}: "
-                        + ", ".join(f"{name} {value:.3f}" for name, value in zip(settings.parts, logged.tolist()))
-                        + f"; {1 / pace:.1f} steps/s, at most {datetime.timedelta(seconds=round(pace * (total - at['step'])))} to go", rank)
-                if interrupted or settings.save_every and at["step"] % settings.save_every == 0:
-                    save(generator_state)
-                if interrupted:
-                    raise Interrupted(f"stopped after step {at['step']} and saved; go on with: python train.py --resume {folder.name}")
-                if at["step"] == settings.max_steps:
-                    break
-            flush()
-            at["epoch"], at["position"] = at["epoch"] + 1, 0
-            if rank == 0:
-                results, p = evaluate(model, settings, dev, (settings.exit,))
-                result = results[settings.exit]
-                write({"step": at["step"], "epoch": at["epoch"], "dev": result, "p": p})
-                say(f"epoch {at['epoch']}: dev {task.name} {result['score']:.1f} by {settings.exit} exit at layer {result['mean_layer']:.2f} "
-                    f"of {model.num_layers}", rank)
-                if at["best"] is None or result["score"] > at["best"]:
-                    at["best"], at["worse"] = result["score"], 0
-                    write_safetensors(folder / "model.safetensors", model.state_dict())
-                else:
-                    at["worse"] += 1
-            if world > 1:
-                worse = torch.tensor(at["worse"]).to(device)
-                dist.broadcast(worse, 0)
-                at["worse"] = int(worse)
-            save(order.get_state())
+        compare_tensors(saved["tensors"], tensors, path)
+        torch.Generator().set_state(saved["order"])
+        for name, default in vars(progress).items():
+            value = saved["progress"][name]
+            if type(value) is not type(default) or (name in most and not 0 <= value <= most[name]):
+                raise KeyError(f"{name} of {value}")
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this run ({error}); delete it to begin again") from None
+    for name, tensor in tensors.items():
+        tensor.copy_(saved["tensors"][name])
+    order.set_state(saved["order"].clone())
+    vars(progress).update(saved["progress"])
+
+
+class Log:
+    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it
+    never waits for the host. Only rank 0 has a file."""
+
+    def __init__(self, file, progress):
+        self.file, self.progress, self.waiting = file, progress, []
+        self.begun, self.before, self.started = progress.step, progress.seconds, time.time()
+        if file is not None:
+            if os.fstat(file.fileno()).st_size < progress.log_bytes:
+                raise InputError(f"{file.name}: is shorter than resume.pt says; put it back or train again")
+            file.truncate(progress.log_bytes)
+
+    def write(self, line):
+        self.progress.seconds = self.before + time.time() - self.started
+        if self.file is not None:
+            self.file.write(json.dumps(line | {"seconds": round(self.progress.seconds, 3)}).encode() + b"\n")
+
+    def flush(self):
+        """Fetch the losses that wait, write and check them -> the parts of the last"""
+        values = torch.stack([torch.stack(list(parts.values())) for *_, parts in self.waiting])
+        if dist.is_initialized():
+            dist.all_reduce(values)     # the shares' sum
+        for (line, rows, parts), numbers in zip(self.waiting, values.tolist()):
+            parts = dict(zip(parts, numbers))
+            self.write(line | parts)
+            if not all(map(math.isfinite, numbers)):
+                flags = "another --prior" if math.isinf(parts.get("kl", 0)) else "a lower --lr"
+                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows "
+                                 f"{rows}; the weights of the best epoch so far are kept; try {flags}")
+        self.waiting = []
+        return parts
+
+    def say(self, parts, total):
+        """The last losses, the pace and the time that is left"""
+        step = self.progress.step
+        pace = (time.time() - self.started) / (step - self.begun)
+        left = datetime.timedelta(seconds=round(pace * (total - step)))
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} "
+            f"steps/s, at most {left} to go")
+
+
+# ---- one run ----
+
+def on_rank_0(work):
+    """work() of rank 0, which alone decides; the others are told its result, or end where it fails."""
+    if not dist.is_initialized():
+        return work()
+    told = [None, False]
+    try:
+        if dist.get_rank() == 0:
+            told = [work(), True]
     finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        if rank == 0:
-            metrics.close()
-    if rank == 0:
-        load_state(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-        results, _ = evaluate(model, settings, dev, settings.exits)
-        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name not in ("run.json", "metrics.jsonl", "resume.pt")}
-        write_json(folder / "run.json", read_run(folder)[1] | {"finished": True, "steps": at["step"], "epochs": at["epoch"], "files": files, "dev": results})
-        resume.unlink(missing_ok=True)
-        return results
-
-
-# ---- the protocol: one run, seeds, the grid ----
-
-def run(settings, name=None):
-    """Train a run by name, go on with it where it was stopped, or do nothing if it is finished; without a name make a new one.
-    Returns its folder."""
-    if name is None:
-        names = itertools.chain([run_name(settings)], (f"{run_name(settings)}-{n}" for n in itertools.count(2)))
-        name = next(name for name in names if not (RUNS / name).exists())
-    check_model(settings)
-    folder = RUNS / name
-    if (folder / "run.json").exists():
-        before, values = read_run(folder)
-        here = {name: getattr(settings, name) for name in ("data_dir", "device", "save_every")}
-        if dataclasses.replace(before, **here) != settings:
-            raise InputError(f"{folder} holds a run with other settings; give another --name, or delete it")
-        if values.get("finished"):
-            say(f"{folder} is finished already, nothing to do; give another --name to train it again")
-            print_results(values["dev"])
-            return folder
-    say(f"{folder}: {settings.task} by {settings.method}, {settings.model}")
-    results = train(settings, folder)
-    if results:
-        print_results(results)
-    return folder
-
-
-def command(settings):
-    """The command that trains these settings under their own name, so that a finished run is skipped wherever it is given."""
-    plain = make_settings(task=settings.task, model=settings.model, method=settings.method)
-    flags = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)
-             if field.name in ("task", "model", "method", "seed") or getattr(settings, field.name) != getattr(plain, field.name)]
-    return shlex.join(["python", "train.py", *(part for name, value in flags for part in
-                                               (f"--{name.replace('_', '-')}", "none" if value is None else str(value))),
-                       "--name", run_name(settings)])
-
-
-def dev_score(settings):
-    """The dev score of a finished run, by its own exit; None while it is not finished."""
-    path = RUNS / run_name(settings) / "run.json"
-    values = read_run(path.parent)[1] if path.exists() else {}
-    return values["dev"][settings.exit]["score"] if values.get("finished") else None
-
-
-def protocol(given, seeds, grid, dry_run):
-    """The paper's protocol: the grid of Table 4, its best by dev score, then that many seeds; finished runs are skipped. With dry_run
-    the runs that are left are printed, a command a line: the grid's first, and once those are finished, the seeds'."""
-    def finish(runs):
-        left = [settings for settings in runs if dev_score(settings) is None]
-        for settings in left:
-            print(command(settings)) if dry_run else run(settings, run_name(settings))
-        return not (left and dry_run)
-
-    best = make_settings(**given)
-    if grid:
-        axes = {name: values for name, values in GRID.items() if getattr(best, name) is not None}
-        runs = [make_settings(**(given | dict(zip(axes, values)))) for values in itertools.product(*axes.values())]
-        if not finish(runs):
-            return
-        best = max(runs, key=dev_score)
-        say(f"best of {len(runs)} settings: " + ", ".join(f"{name} {getattr(best, name)}" for name in axes) + f", dev {dev_score(best):.1f}")
-    runs = [dataclasses.replace(best, seed=best.seed + n) for n in range(seeds)]
-    if finish(runs):
-        found = [dev_score(settings) for settings in runs]
-        std = statistics.stdev(found) if len(found) > 1 else 0
-        print(f"{best.task} {best.method} by {best.exit}: mean {statistics.mean(found):.2f} ± {std:.2f}, median {statistics.median(found):.2f} "
-              f"over {len(found)} seeds ({', '.join(f'{value:.2f}' for value in found)})")
-
-
-def main(argv=None):
-    parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(Settings):
-        meaning = field.metadata["meaning"] + (f" [{field.metadata['expected']}]" if field.metadata["expected"] else "")
-        if field.default is not None:
-            meaning += f" (default: {field.default})"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar=field.type.__name__, help=meaning.replace("%", "%%"))
-    parser.add_argument("--name", help="the run's folder under runs/; a finished run is left alone, an unfinished one goes on")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run that was stopped, the newest if not named")
-    parser.add_argument("--seeds", type=int, metavar="N", help="train N seeds; prints mean, std and median")
-    parser.add_argument("--grid", action="store_true", help="search Table 4's grid first, and take its best settings")
-    parser.add_argument("--dry-run", action="store_true", help="with --seeds or --grid: print the runs that are left, a command a line")
-    flags = vars(parser.parse_args(argv))
-    name, resume, seeds, grid, dry_run = (flags.pop(flag) for flag in ("name", "resume", "seeds", "grid", "dry_run"))
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    given = {name: parse(fields[name], text) for name, text in flags.items()}
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected a whole number from 1")
-    if dry_run and not (seeds or grid):
-        raise InputError("--dry-run: expected together with --seeds or --grid")
-    if resume:
-        if given or name or seeds or grid:
-            raise InputError("--resume goes on with the settings that the run has; give it without others")
-        folder = find_run(None if resume is True else resume, ready="resume.pt")
-        return run(read_run(folder)[0], folder.name)
-    if name and (seeds or grid):
-        raise InputError("--name: runs of --seeds and --grid have names of their own")
-    with processes(choose_device(given.get("device"))):
-        if seeds or grid:
-            return protocol(given, seeds or 1, grid, dry_run)
-        run(make_settings(**given), name)
+        dist.broadcast_object_list(told)
+    if not told[1]:
+        sys.exit(1)
+    return told[0]
 
 
 @contextlib.contextmanager
-def processes(device):
-    """torch.distributed for as long as the block lasts, where torchrun started this process."""
-    if "LOCAL_RANK" not in os.environ:
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
+def caught_signals():
+    """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and
+    saved. What is ignored, as SIGHUP under nohup, stays so."""
+    caught, kept = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)    # Windows has no SIGHUP
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and number and signal.getsignal(number) != signal.SIG_IGN:
+            kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
-        yield
+        yield caught
     finally:
-        dist.destroy_process_group()
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+class Training:
+    """One run in one process."""
+
+    def __init__(self, settings):
+        self.settings, self.device = settings, choose_device(settings.device)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.world > 1 and (self.device.type == "mps" or ":" in str(settings.device)):
+            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu where torchrun "
+                             "starts processes, each with a GPU of its own or a share of the CPU")
+        self.folder, self.file, self.model, self.made = None, None, None, False
+
+    def start(self, folder):
+        """Rank 0 alone: take the folder; a run that begins gets its model -> (folder, results if finished)"""
+        self.folder, self.file, self.made = take_folder(self.settings, folder)
+        if (self.folder / "run.json").exists():
+            values = read_run(self.folder)[1]
+            if values.get("finished"):
+                return self.folder, values["dev"]
+        if not (self.folder / "resume.pt").exists():
+            examples = load(self.settings.task, "train", self.settings.data_dir)
+            origin = origin_of(self.settings)
+            self.tokenizer, self.model = make_model(self.settings, self.folder, examples)
+            values = describe(self.settings, self.device) | {"encoder": model_type(self.folder)} | origin
+            write_json(self.folder / "run.json", values)
+        return self.folder, None
+
+    def close(self):
+        """Unlock the folder, and remove it if nothing came of it."""
+        if self.file is not None:
+            self.file.close()
+        if self.made and not (self.folder / "run.json").exists():
+            shutil.rmtree(self.folder)
+            with contextlib.suppress(OSError):
+                RUNS.rmdir()            # unless other runs are there
+
+    def prepare(self, folder):
+        """Every process: data, model and optimizer, as rank 0 made them or resume.pt has them"""
+        settings, self.folder, resume = self.settings, folder, folder / "resume.pt"
+        if self.model is None:
+            self.tokenizer, model = open_run(folder, settings)
+            self.model = model.to_empty(device=self.device)
+        self.model = self.model.to(self.device).train()
+        self.optimizer = make_optimizer(self.model, settings)
+        self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
+        self.inputs, self.labels = read_split(settings, self.tokenizer, "train")
+        splits = splits_of(settings.task, "dev")
+        self.dev = {split: read_split(settings, self.tokenizer, split) for split in splits}
+        self.order, self.progress = torch.Generator().manual_seed(settings.seed), Progress()
+        batches = -(-len(self.inputs) // settings.batch_size)
+        self.total = min(settings.epochs * batches, settings.max_steps or 10**18)
+        if resume.exists():
+            most = {"step": self.total, "epoch": settings.epochs, "position": batches,
+                    "best_epoch": settings.epochs, "log_bytes": 10**18}
+            read_resume(resume, state_of(self.model, self.optimizer), self.order, self.progress, most)
+            say(f"going on from step {self.progress.step}")
+        elif self.world > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.data, 0)
+        self.log = Log(self.file, self.progress)
+
+    def save(self, shuffle):
+        """resume.pt, with all that decides the steps to come; shuffle: order's state as the epoch began"""
+        if self.rank == 0:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.progress.log_bytes = self.file.tell()
+            with atomic_write(self.folder / "resume.pt") as file:
+                torch.save({"tensors": state_of(self.model, self.optimizer), "order": shuffle,
+                            "progress": vars(self.progress)}, file)
+
+    def epoch(self, caught):
+        """The steps that are left of an epoch"""
+        settings, progress, shuffle = self.settings, self.progress, self.order.get_state()
+        batches = buckets([len(ids) for ids, _ in self.inputs], settings.batch_size, self.order)
+        for batch in batches[progress.position:]:
+            inputs, labels = [self.inputs[row] for row in batch], [self.labels[row] for row in batch]
+            parts = train_step(self.model, self.optimizer, settings, progress.step, inputs, labels,
+                               self.prior, self.rank, self.world)
+            progress.step += 1
+            progress.position += 1
+            rates = dict(zip(("lr", "lambda_lr"), [group["lr"] for group in self.optimizer.param_groups]))
+            line = {"step": progress.step, "epoch": progress.epoch + 1} | rates
+            self.log.waiting.append((line, batch, parts))
+            stop = torch.tensor(len(caught))        # on the CPU, so that the host does not wait for a GPU
+            if self.world > 1:
+                dist.all_reduce(stop)               # all stop after the same step
+            last = progress.step == settings.max_steps or progress.position == len(batches)
+            look = progress.step % LOG_EVERY == 0 or progress.step == self.log.begun + 1
+            due = settings.save_every is not None and progress.step % settings.save_every == 0
+            if look or due or last or stop:
+                parts = self.log.flush()
+            if look:
+                self.log.say(parts, self.total)
+            if due or stop:
+                self.save(shuffle)
+            if stop:
+                raise Interrupted(f"stopped after step {progress.step} and saved; go on with: "
+                                  f"python train.py --resume {shlex.quote(str(self.folder))}")
+            if last:
+                break
+
+    def judge(self):
+        """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
+        settings, progress, criterion = self.settings, self.progress, self.settings.exit
+        try:
+            results, p = evaluate(self.model, settings, self.dev, (criterion,))
+        except InputError as error:
+            raise InputError(f"step {progress.step}: {error}") from None
+        score, layer = results[criterion]["score"], results[criterion]["mean_layer"]
+        self.log.write({"step": progress.step, "epoch": progress.epoch, "dev": results[criterion], "p": p})
+        draws = f", mean of {DRAWS} draws," if criterion == "sample" else ""
+        say(f"epoch {progress.epoch}: dev {settings.task} {score:.1f} by {criterion} exit{draws} at layer "
+            f"{layer:.2f} of {self.model.num_layers}")
+        if score <= progress.best:
+            return progress.best, progress.best_epoch
+        write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
+        return score, progress.epoch
+
+    def train(self):
+        """The epochs that are left -> the results on dev by exit, which run.json keeps"""
+        settings, progress = self.settings, self.progress
+        with caught_signals() as caught:
+            while progress.epoch < settings.epochs and progress.step != settings.max_steps:
+                if progress.epoch - progress.best_epoch >= settings.stop_after:
+                    break
+                self.epoch(caught)
+                progress.epoch, progress.position = progress.epoch + 1, 0
+                progress.best, progress.best_epoch = on_rank_0(self.judge)
+                self.save(self.order.get_state())
+        return on_rank_0(self.finish)
+
+    def finish(self):
+        """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
+        settings, progress, values = self.settings, self.progress, read_run(self.folder)[1]
+        model = fill(self.model, self.folder / "model.safetensors", self.device).eval()
+        outputs = {split: (*all_layers(model, inputs, precision=settings.precision), labels)
+                   for split, (inputs, labels) in self.dev.items()}
+        kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
+        values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch,
+                   "best_epoch": progress.best_epoch,
+                   "files": {name: sha256_file(self.folder / name) for name in sorted(kept)}}
+        values |= study(settings, outputs)
+        write_json(self.folder / "run.json", values)
+        (self.folder / "resume.pt").unlink(missing_ok=True)
+        say(f"the best epoch was {progress.best_epoch}, and with its weights:")
+        return values["dev"]
+
+
+def run(settings, folder=None):
+    """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
+    finished -> the results on dev by exit"""
+    training = Training(settings)
+    try:
+        folder, results = on_rank_0(lambda: training.start(folder))
+        if results is None:
+            say(f"{folder}: {settings.task} by {settings.method}, {settings.model}")
+            training.prepare(folder)
+            results = training.train()
+        else:
+            say(f"{folder} is finished already, nothing to do; give another --name to train it again")
+    finally:
+        training.close()
+    say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
+    for name, result in results.items():
+        say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
+    return results
+
+
+# ---- which folder ----
+
+def folders(settings):
+    """Where a run may be: its name, and where that is taken the same with -2, -3, ..."""
+    yield RUNS / run_name(settings)
+    for n in itertools.count(2):
+        yield RUNS / f"{run_name(settings)}-{n}"
+
+
+def take_folder(settings, folder):
+    """(folder, its metrics.jsonl, whether it is new) of the given folder, or of the first name that is free.
+    A run has one writer: the file is locked while it is open; InputError where another process has it."""
+    made = False
+    for path in folders(settings) if folder is None else [folder]:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)            # decides between two processes that start at once
+            made = True
+        if made or folder is not None:
+            break
+    file = open(path / "metrics.jsonl", "ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process trains it; wait for that or give another --name") from None
+    except OSError:                             # a file system without locks
+        pass
+    return path, file, made
+
+
+def find_own(settings, origin, name=None):
+    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name,
+    or the first of its names that holds it or is free. InputError where the name is another run's."""
+    for folder in folders(settings) if name is None else [RUNS / name]:
+        if not (folder / "run.json").exists():
+            return folder, None
+        before, values = read_run(folder)
+        before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
+        if before == settings and {key: values.get(key) for key in origin} == origin:
+            return folder, values["dev"] if values.get("finished") else None
+    raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
+
+
+def find_stopped(name):
+    """(folder, settings) of a run to go on with. InputError if the files of its task have changed."""
+    folder = find_run(name, unfinished=True)
+    settings, values = read_run(folder)
+    if not values.get("finished") and origin_of(settings)["data"] != values.get("data"):
+        raise InputError(f"{folder}: the task's files have changed since then; put them back or train anew")
+    return folder, settings
+
+
+# ---- the paper's protocol ----
+
+def train_all(runs, origin, dry_run):
+    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run
+    prints their commands instead -> the scores of the others"""
+    scores = []
+    for settings in runs:
+        folder, results = on_rank_0(lambda: find_own(settings, origin))
+        if results is None and dry_run:
+            say(command(settings, folder.name), sys.stdout)
+            continue
+        if results is None:
+            results = run(settings, folder)
+        scores.append(results[settings.exit]["score"])
+    return scores
+
+
+def command(settings, name):
+    """The command that trains these settings under that name, and does nothing where they are finished"""
+    words = ["python", "train.py"]
+    for key in dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)]):
+        value = getattr(settings, key)
+        words += [flag(key), "none" if value is None else str(value)]
+    return shlex.join([*words, "--name", name])
+
+
+def protocol(settings, seeds, grid, dry_run):
+    """The grid of Table 4, then that many seeds of its best settings by dev score, none of which the grid has
+    seen. What is finished is skipped; a dry run prints what is left, the grid's commands, then the seeds'."""
+    origin, first = on_rank_0(lambda: origin_of(settings)), settings.seed
+    if grid:
+        axes = {name: values for name, values in GRID.items() if getattr(settings, name) is not None}
+        points = [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+        runs = [dataclasses.replace(settings, **point) for point in points]
+        scores = train_all(runs, origin, dry_run)
+        if len(scores) < len(runs):
+            return
+        settings, first = runs[scores.index(max(scores))], first + 1
+        best = ", ".join(f"{name} {getattr(settings, name)}" for name in axes)
+        say(f"best of {len(runs)} settings: {best}, dev {max(scores):.1f}")
+    scores = train_all([dataclasses.replace(settings, seed=first + n) for n in range(seeds)], origin, dry_run)
+    if seeds and len(scores) == seeds:
+        std = statistics.stdev(scores) if seeds > 1 else 0
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        say(f"{settings.task} {settings.method} by {settings.exit}: mean {statistics.mean(scores):.2f} ± "
+            f"{std:.2f}, median {statistics.median(scores):.2f} over {seeds} seeds from {first} ({each})",
+            sys.stdout)
+
+
+# ---- the command ----
+
+def make_parser():
+    parser = Parser("train.py", __doc__)
+    for field in dataclasses.fields(Settings):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        allowed, meaning = field.metadata["allowed"], field.metadata["meaning"]
+        if field.type is str and allowed is not None:
+            meaning += ": " + ", ".join(allowed)
+        if field.default is not None:
+            meaning += f" [{field.default}]"
+        group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=meaning,
+                           metavar=field.type.__name__)
+    group = parser.add_argument_group("several runs, and runs that were stopped")
+    group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
+    group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
+    group.add_argument("--seeds", metavar="N", help="train N seeds; prints mean, std and median")
+    group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best")
+    group.add_argument("--dry-run", action="store_true", help="with these: print the commands that are left")
+    return parser
+
+
+def main(argv=None):
+    flags = vars(make_parser().parse_args(argv))
+    for field in dataclasses.fields(Settings):
+        if field.name in flags:
+            text = flags[field.name]
+            with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
+                flags[field.name] = None if text == "none" else field.type(text)
+    name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
+    grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
+    settings = make_settings(**flags)
+    if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
+        raise InputError(f"--name {name!r}: expected the name of a folder under {RUNS}/")
+    if seeds is not None and not re.fullmatch("[1-9][0-9]{0,3}", seeds):
+        raise InputError(f"--seeds {seeds}: expected a whole number from 1 to 9999")
+    if dry_run and not (seeds or grid):
+        raise InputError("--dry-run: expected together with --seeds or --grid")
+    if resume is not None and (flags or name or seeds or grid):
+        raise InputError("--resume goes on with the settings that the run has; give it without others")
+    if name is not None and (seeds or grid):
+        raise InputError("--name: runs of --seeds and --grid have names of their own")
+    check(settings)
+    autocast(choose_device(settings.device), settings.precision)
+    if "LOCAL_RANK" in os.environ:      # by torchrun; what the host decides goes by gloo, without a GPU
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+        atexit.register(dist.destroy_process_group)
+    if resume is not None:
+        folder, settings = on_rank_0(lambda: find_stopped(resume or None))
+        run(settings, folder)
+    elif seeds or grid:
+        protocol(settings, int(seeds or 0), grid, dry_run)
+    elif name is not None:
+        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name))[0])
+    else:
+        run(settings)
 
 
 if __name__ == "__main__":
