@@ -6,17 +6,15 @@ in ponder.py.
 
 import dataclasses
 import itertools
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import (InputError, cache_dir, check_sizes, extract_tar, fetch_encoder, load_encoder, load_weights,
-                        make_config, read_json, sha256_file)
+from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
+                        read_weights)
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,6 @@ SIZES = {
                          intermediate_size=256, initializer_range=0.05),
     "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4,
                          intermediate_size=512, initializer_range=0.05),
-}
-
-HUB = "https://huggingface.co/albert/{name}/resolve/main/{file}"
-SHA256 = {
-    "albert-base-v2/model.safetensors": "d24c30ec641e40087eed68adf958afe2dab0432790ec3ffa88b31ce773ae33eb",
-    # Every published ALBERT has the same vocabulary, Google's 30k-clean.model.
-    "spiece.model": "fefb02b667a6c5c2fe27602d28e5fb3428f66ab89c7d6f388e7c8d44a02d0336",
 }
 
 
@@ -219,41 +210,22 @@ class Albert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with published weights: a hub name (see SIZES), a folder in the hub's form, or Google's TF checkpoint
-        (folder, tar or prefix). Every tensor of the file is used once, left out by name below, or an InputError that
-        names it. A file without a pooler leaves ours freshly initialised."""
-        folder = fetch(name_or_path)
-        weights, kind = load_weights(folder)
-        folder = folder if folder.is_dir() else folder.parent
-        configs = [path for below in ("", "*/") for name in ("config.json", "albert_config.json")
-                   for path in folder.glob(below + name)]
-        if not configs:
-            raise InputError(f"{folder}: expected a config.json or albert_config.json beside the weights, found none")
-        config = AlbertConfig.from_json(read_json(configs[0]), str(configs[0]))
-        if kind == "tensorflow":
-            named = [from_google(name, tensor) for name, tensor in weights.items()]
-            config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form
-        else:
-            named = [(name.removeprefix("albert."), tensor) for name, tensor in weights.items()]
-        blocks = config.num_hidden_groups * config.inner_group_num
-        return load_encoder(cls, config, named, blocks, name_table, LEFT_OUT, str(folder))
-
-
-def fetch(name_or_path):
-    """Path of a folder (or TF prefix) with config, weights and tokenizer; a hub name is downloaded to the cache, a tar
-    unpacked there."""
-    path, published = Path(name_or_path), [name for name in SIZES if name not in ("tiny", "mini")]
-    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and os.path.isfile(path):
-        # The hash tells it from another of that name.
-        return extract_tar(path, cache_dir() / f"{path.name.split('.')[0]}-{sha256_file(path)[:12]}")
-    return fetch_encoder(path, "albert", published, HUB, ("config.json", "spiece.model", "model.safetensors"), SHA256)
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name, a folder in the hub's form,
+        Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names it; heads
+        are left out and named. A file without a pooler leaves ours freshly initialised."""
+        files = find_model(name_or_path)
+        config = load_config(AlbertConfig, files, SIZES)
+        weights, kind = read_weights(files)
+        if kind != "tensorflow":
+            return load_encoder(lambda: cls(config), weights, files.weights, name_table(config))
+        config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form
+        for name, tensor in weights.items():
+            if name.endswith("/kernel") and tensor.dim() == 2:
+                weights[name] = tensor.T    # input x output there
+        return load_encoder(lambda: cls(config), weights, files.weights, name_table(config), google_name)
 
 
 # ---- the names of weights, ours against the hub's ----
-
-LEFT_OUT = [r"embeddings\.position_ids", r"predictions\..*", r"sop_classifier\..*", r"classifier\..*",    # the hub's
-            r"cls/.*", r"global_step", r".*/adam_[mv]"]    # Google's heads and Adam's state
-
 
 def name_table(config):
     """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""
@@ -275,6 +247,7 @@ def name_table(config):
                     for ours, names in modules.items() for part in ("weight", "bias")}
 
 
+# What stands in Google's names, and in the hub's, in the order in which it is replaced.
 GOOGLE = [(r"^bert/embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"),
           (r"^bert/encoder/transformer/group_(\d+)/inner_group_(\d+)/",
            r"encoder.albert_layer_groups.\1.albert_layers.\2."),
@@ -283,15 +256,11 @@ GOOGLE = [(r"^bert/embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"),
           (r"(albert_layers\.\d+)\.LayerNorm/", r"\1.attention.LayerNorm."),
           (r"ffn_1/intermediate/output/dense/", "ffn_output."), (r"ffn_1/intermediate/dense/", "ffn."),
           (r"^bert/pooler/dense/", "pooler."), (r"^bert/", ""),
-          (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias")]
+          (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias"), (r"/", "."), (r"\.\.", ".")]
 
 
-def from_google(name, tensor):
-    """A variable of Google's checkpoint under the hub's name; kernels, input x output there, are transposed."""
-    if any(re.fullmatch(pattern, name) for pattern in LEFT_OUT):
-        return name, tensor
-    if name.endswith("/kernel") and tensor.dim() == 2:
-        tensor = tensor.T
+def google_name(name):
+    """A variable of Google's checkpoint under the hub's name."""
     for pattern, replacement in GOOGLE:
         name = re.sub(pattern, replacement, name)
-    return re.sub(r"\.\.", ".", name.replace("/", ".")), tensor
+    return name

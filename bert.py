@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from albert import Block, start_weights
-from checkpoint import InputError, check_sizes, fetch_encoder, load_encoder, load_weights, make_config, read_json
+from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
+                        read_weights)
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,6 @@ LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 40
 SIZES = {
     "bert-base-uncased": BertConfig(), "bert-large-uncased": BertConfig(**LARGE),
     "roberta-base": RobertaConfig(), "roberta-large": RobertaConfig(**LARGE),
-}
-
-HUB = "https://huggingface.co/FacebookAI/{name}/resolve/main/{file}"
-SHA256 = {
-    "roberta-base/model.safetensors": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
-    # Both sizes have the same vocabulary, GPT-2's.
-    "vocab.json": "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655",
-    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
 
@@ -118,18 +111,16 @@ class Bert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with published weights: a hub name (see SIZES) or a folder in the hub's form. Every tensor of the
-        file is used once, left out by name below, or an InputError that names it. A file without a pooler leaves ours
-        freshly initialised."""
-        folder = fetch(name_or_path)
-        weights, kind = load_weights(folder)
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name or a folder in the hub's form.
+        Each tensor of the encoder is used once, or an InputError names it; heads are left out and named. A file
+        without a pooler leaves ours freshly initialised."""
+        files = find_model(name_or_path)
+        config = load_config(cls.config_class, files, SIZES)
+        weights, kind = read_weights(files)
         if kind == "tensorflow":
-            raise InputError(f"{folder}: expected RoBERTa's weights in model.safetensors or pytorch_model.bin, found "
-                             "TensorFlow's; use one of these")
-        folder = folder if folder.is_dir() else folder.parent
-        config = cls.config_class.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-        named = [(name.removeprefix("roberta."), tensor) for name, tensor in weights.items()]
-        return load_encoder(cls, config, named, config.num_hidden_layers, name_table, LEFT_OUT, str(folder))
+            raise InputError(f"{files.weights}: expected model.safetensors or pytorch_model.bin, found "
+                             "TensorFlow's weights; use one of these")
+        return load_encoder(lambda: cls(config), weights, files.weights, name_table(config))
 
 
 class Roberta(Bert):
@@ -147,16 +138,7 @@ class Roberta(Bert):
         return real.cumsum(1) * real + self.pad_id
 
 
-def fetch(name_or_path):
-    """Path of a folder with config, weights and tokenizer; a hub name is downloaded to the cache."""
-    files = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
-    return fetch_encoder(name_or_path, "FacebookAI", SIZES, HUB, files, SHA256)
-
-
-# ---- the names of weights, ours against the hub's ----
-
-LEFT_OUT = [r"embeddings\.position_ids", r"lm_head\..*", r"classifier\..*"]    # a buffer and the hub's heads
-
+# ---- the names of weights, ours against the hub's; BERT's and RoBERTa's are the same ----
 
 def name_table(config):
     """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""

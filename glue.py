@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip
+from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip, shorten
 
 
 # ---- tasks ----
@@ -107,10 +107,6 @@ def get_task(name):
 
 
 # ---- rows of a file ----
-
-def shorten(text):
-    return text if len(text) <= 80 else text[:77] + "..."
-
 
 def damaged(path, reason, line):
     return InputError(f"{path}: not a whole TSV file ({reason}, line {line}); correct it or get it again")
