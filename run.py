@@ -473,22 +473,20 @@ def mean_scores(criterion, settings, logits, lam, labels):
     return metrics, mean_layer
 
 
-def evaluate(model, settings, dev, exits):
-    """{exit: {"score", "mean_layer", "metrics"}} and mean p by layer over the splits dev {split: (inputs,
-    labels)}; the score is the mean over splits (MNLI has two)."""
-    was_training, p = model.training, 0
-    results = {criterion: {"score": 0, "mean_layer": 0, "metrics": {}} for criterion in exits}
+def evaluate(model, settings, dev):
+    """{"score", "mean_layer", "metrics"} by the run's own exit, and mean p by layer, over the splits dev
+    {split: (inputs, labels)}; the score is the mean over splits (MNLI has two)."""
+    was_training, metrics = model.training, {}
+    score, mean_layer, p = 0, 0, 0
     model.eval()
     for split, (inputs, labels) in dev.items():
         logits, lam = all_layers(model, inputs, precision=settings.precision)
+        metrics[split], layer = mean_scores(settings.exit, settings, logits, lam, labels)
+        score += metrics[split]["score"] / len(dev)
+        mean_layer += layer / len(dev)
         p = p + exit_distribution(lam).mean(0) / len(dev)
-        for criterion, result in results.items():
-            metrics, mean_layer = mean_scores(criterion, settings, logits, lam, labels)
-            result["score"] += metrics["score"] / len(dev)
-            result["mean_layer"] += mean_layer / len(dev)
-            result["metrics"][split] = metrics
     model.train(was_training)
-    return results, p.tolist()
+    return {"score": score, "mean_layer": mean_layer, "metrics": metrics}, p.tolist()
 
 
 THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # settings

@@ -875,7 +875,7 @@ def test_evaluating_more_often_changes_no_training_step():
         for step in range(4):
             train.train_step(model, optimizer, settings_, step, inputs, labels, geometric_prior(0.1, 6))
             if evaluate:
-                run_module.evaluate(model, settings_, {"dev": (inputs, labels)}, settings_.exits)
+                run_module.evaluate(model, settings_, {"dev": (inputs, labels)})
         ends.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

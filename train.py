@@ -248,6 +248,7 @@ class Training:
         if (self.folder / "run.json").exists():
             values = read_run(self.folder)[1]
             if values.get("finished"):
+                (self.folder / "resume.pt").unlink(missing_ok=True)     # of a process that died at its end
                 return self.folder, values["dev"]
         if not (self.folder / "resume.pt").exists():
             examples = load(self.settings.task, "train", self.settings.data_dir)
@@ -334,20 +335,19 @@ class Training:
 
     def judge(self):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
-        settings, progress, criterion = self.settings, self.progress, self.settings.exit
+        settings, progress = self.settings, self.progress
         try:
-            results, p = evaluate(self.model, settings, self.dev, (criterion,))
+            dev, p = evaluate(self.model, settings, self.dev)
         except InputError as error:
             raise InputError(f"step {progress.step}: {error}") from None
-        score, layer = results[criterion]["score"], results[criterion]["mean_layer"]
-        self.log.write({"step": progress.step, "epoch": progress.epoch, "dev": results[criterion], "p": p})
-        draws = f", mean of {DRAWS} draws," if criterion == "sample" else ""
-        say(f"epoch {progress.epoch}: dev {settings.task} {score:.1f} by {criterion} exit{draws} at layer "
-            f"{layer:.2f} of {self.model.num_layers}")
-        if score <= progress.best:
+        self.log.write({"step": progress.step, "epoch": progress.epoch, "dev": dev, "p": p})
+        draws = f", mean of {DRAWS} draws," if settings.exit == "sample" else ""
+        say(f"epoch {progress.epoch}: dev {settings.task} {dev['score']:.1f} by {settings.exit} exit{draws} "
+            f"at layer {dev['mean_layer']:.2f} of {self.model.num_layers}")
+        if dev["score"] <= progress.best:
             return progress.best, progress.best_epoch
         write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
-        return score, progress.epoch
+        return dev["score"], progress.epoch
 
     def train(self):
         """The epochs that are left -> the results on dev by exit, which run.json keeps"""
