@@ -151,6 +151,15 @@ class Block(nn.Module):
         return self.ffn_norm(h + self.ffn_out(f))                                           # (...,H)
 
 
+def start_weights(model, std):
+    """Weights and embeddings from N(0, std), biases 0"""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
 class Albert(nn.Module):
     """Encoder without a head. `shared` is True where layer(i, ...) is the same function for every i."""
 
@@ -169,11 +178,7 @@ class Albert(nn.Module):
         self.groups = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.inner_group_num))
                                     for _ in range(config.num_hidden_groups))
         self.pooler = nn.Linear(H, H)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        start_weights(self, config.initializer_range)
 
     def blocks(self, i):
         if self.shared:

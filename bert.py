@@ -1,6 +1,6 @@
-"""The RoBERTa encoder (Liu et al. 2019): L Transformer layers, each with weights of its own.
+"""The BERT encoder (Devlin et al. 2019), and RoBERTa (Liu et al. 2019), a BERT that counts positions otherwise.
 
-The same contract as albert.py, so that ponder.py takes either. B batch, T tokens, H hidden, L layers, as in ponder.py.
+L Transformer layers with weights of their own, and the contract of albert.py. Letters as in ponder.py.
 """
 
 from dataclasses import dataclass
@@ -8,48 +8,56 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from albert import Block
+from albert import Block, start_weights
 from checkpoint import InputError, check_sizes, fetch_encoder, load_encoder, load_weights, make_config, read_json
 
 
 @dataclass(frozen=True)
-class RobertaConfig:
-    """Sizes of a RoBERTa, named as in config.json; the defaults are roberta-base's. Dropout rates are left out, as in
-    AlbertConfig."""
+class BertConfig:
+    """Sizes of a BERT, named as in config.json; the defaults are bert-base-uncased's. No dropout, as in AlbertConfig."""
 
-    vocab_size: int = 50265
+    model_type = "bert"
+    vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"              # "gelu" is the exact form with erf, "gelu_new" the tanh one
-    max_position_embeddings: int = 514    # pad_token_id + 1 of them are no token's, so 512 tokens
-    type_vocab_size: int = 1
-    layer_norm_eps: float = 1e-5
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    pad_token_id: int = 1
+    pad_token_id: int = 0
 
     def __post_init__(self):
         check_sizes(self)
-        if self.pad_token_id >= min(self.vocab_size, self.max_position_embeddings - 1):
-            raise InputError(f"RobertaConfig: pad_token_id = {self.pad_token_id} is not below vocab_size = "
-                             f"{self.vocab_size} and max_position_embeddings - 1 = {self.max_position_embeddings - 1}; "
-                             "correct one")
 
     @classmethod
     def from_json(cls, values, source="config.json"):
         """Config from the dict of a config.json; keys that would change the computation are an InputError."""
-        return make_config(cls, values, MUST_BE, source)
+        return make_config(cls, values, MUST_BE | {"model_type": cls.model_type}, source)
+
+
+@dataclass(frozen=True)
+class RobertaConfig(BertConfig):
+    """Sizes of a RoBERTa; the defaults are roberta-base's."""
+
+    model_type = "roberta"
+    vocab_size: int = 50265
+    max_position_embeddings: int = 514    # pad_token_id + 1 of them are no token's, so 512 tokens
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 1
+
 
 
 # Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
-           "add_cross_attention": False}
+MUST_BE = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
+LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
 SIZES = {
-    "roberta-base": RobertaConfig(),
-    "roberta-large": RobertaConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
-                                   num_hidden_layers=24),
+    "bert-base-uncased": BertConfig(), "bert-large-uncased": BertConfig(**LARGE),
+    "roberta-base": RobertaConfig(), "roberta-large": RobertaConfig(**LARGE),
 }
 
 HUB = "https://huggingface.co/FacebookAI/{name}/resolve/main/{file}"
@@ -61,38 +69,36 @@ SHA256 = {
 }
 
 
-class Roberta(nn.Module):
-    """Encoder without a head. Positions count the tokens that are not padding, from pad_id + 1 on."""
+class Bert(nn.Module):
+    """Encoder without a head; T up to max_length tokens."""
 
     shared = False    # layer(i, ...) is another function for every i
+    config_class = BertConfig
 
     def __init__(self, config):
         super().__init__()
         H = config.hidden_size
         self.config = config
-        self.num_layers, self.hidden_size = config.num_hidden_layers, H
-        self.max_length, self.pad_id = config.max_position_embeddings - config.pad_token_id - 1, config.pad_token_id
+        self.num_layers, self.hidden_size, self.pad_id = config.num_hidden_layers, H, config.pad_token_id
+        self.max_length = config.max_position_embeddings
         self.words = nn.Embedding(config.vocab_size, H)
         self.positions = nn.Embedding(config.max_position_embeddings, H)
         self.types = nn.Embedding(config.type_vocab_size, H)
         self.norm = nn.LayerNorm(H, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.pooler = nn.Linear(H, H)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        start_weights(self, config.initializer_range)
+
+    def position_ids(self, ids):
+        """ids (B,T) -> the positions 0..T-1 (T,)"""
+        return torch.arange(ids.shape[1], device=ids.device)
 
     def embed(self, ids, segments):
-        """ids (B,T) int64, segments (B,T) int64, all 0 where type_vocab_size is 1 -> h_0 (B,T,H); T up to max_length,
-        else ValueError"""
-        T = ids.shape[1]
-        if T > self.max_length:
-            raise ValueError(f"{T} tokens, but this encoder has {self.max_length} positions")
-        real = ids != self.pad_id                                                           # (B,T)
-        positions = real.cumsum(1) * real + self.pad_id                                     # (B,T)
-        return self.norm(self.words(ids) + self.types(segments) + self.positions(positions))    # (B,T,H)
+        """ids (B,T) int64, segments (B,T) int64 below type_vocab_size -> h_0 (B,T,H); ValueError for T over max_length"""
+        if ids.shape[1] > self.max_length:
+            raise ValueError(f"{ids.shape[1]} tokens, but this encoder has {self.max_length} positions")
+        e = self.words(ids) + self.types(segments) + self.positions(self.position_ids(ids))     # (B,T,H)
+        return self.norm(e)
 
     def layer(self, i, h, mask):
         """h_{i-1} (B,T,H), mask (B,T) bool, True = a real token -> h_i (B,T,H), for 1 <= i <= L"""
@@ -121,9 +127,24 @@ class Roberta(nn.Module):
             raise InputError(f"{folder}: expected RoBERTa's weights in model.safetensors or pytorch_model.bin, found "
                              "TensorFlow's; use one of these")
         folder = folder if folder.is_dir() else folder.parent
-        config = RobertaConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+        config = cls.config_class.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
         named = [(name.removeprefix("roberta."), tensor) for name, tensor in weights.items()]
         return load_encoder(cls, config, named, config.num_hidden_layers, name_table, LEFT_OUT, str(folder))
+
+
+class Roberta(Bert):
+    """A BERT whose positions count the tokens that are not padding, from pad_id + 1 on."""
+
+    config_class = RobertaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.max_length = config.max_position_embeddings - config.pad_token_id - 1
+
+    def position_ids(self, ids):
+        """ids (B,T) -> pad_id where a token is padding, else pad_id plus its number among the others (B,T)"""
+        real = ids != self.pad_id
+        return real.cumsum(1) * real + self.pad_id
 
 
 def fetch(name_or_path):

@@ -1,10 +1,12 @@
 """The answers of Ponder.predict for any number of inputs, fast.
 
-`descend` takes a pool of rows, longest first, down the layers together: rows that stop are dropped, and where it pays a
-layer is decided from its first token, before its other tokens are computed. `stream` keeps a batch full instead, with
-every row at a layer of its own; it needs shared layers, and is the way of CUDA, where one graph replays its step.
+`descend` takes a pool of rows, longest first, down the layers together. Rows that stop are dropped, and where
+it pays a layer is decided from its first token, before its other tokens are computed. `stream` keeps a batch
+full instead, with every row at a layer of its own. It needs shared layers, and is the way of CUDA, where a
+graph replays its step.
 """
 
+import collections
 import itertools
 
 import numpy as np
@@ -12,19 +14,21 @@ import torch
 
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
-FIRST_TOKENS = 384      # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it does not
+FIRST_TOKENS = 384   # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it never did
 
 
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
-    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the order of the inputs.
+    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the inputs'
+    order
 
-    Whole layers are computed for at most batch_size rows at a time. depthwise None means: on CUDA, if the layers are shared.
+    Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA where
+    layers are shared. ValueError for depthwise=True without shared layers.
     """
     encoder, parameter = model.encoder, next(model.parameters())
     if depthwise is None:
         depthwise = encoder.shared and parameter.device.type == "cuda"
     if depthwise and not encoder.shared:
-        raise ValueError("rows at different depths can share a batch only where the layers share their weights")
+        raise ValueError("rows at different depths can share a batch only where layers share their weights")
     N = len(inputs)
     state = rule.start(N, model.num_layers, parameter.device)
     answers = parameter.new_zeros(N + 1, model.num_labels)             # row N takes what nobody asked for
@@ -41,7 +45,7 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
 
 
 def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
-    """One pool, a list of rows, longest first, down the layers together; fills answers and layers where rows stop."""
+    """One pool, a list of rows, longest first, goes down the layers together; fills answers and layers."""
     encoder, device = model.encoder, answers.device
     ids, mask, segments = pad([inputs[row] for row in pool], encoder, device)
     lengths = [padded(len(inputs[row][0]), encoder, device) for row in pool]
@@ -75,7 +79,7 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
             keep, lengths = upload(go, device), [lengths[b] for b in go]
             rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
         if decide_first:
-            for c, T in chunks(lengths, batch_size, device):           # written over rows that are not read again
+            for c, T in chunks(lengths, batch_size, device):           # over rows that are not read again
                 if stop:
                     h[c, :T] = encoder.finish(i, h[:, :T].index_select(0, keep[c]), mask[c, :T], cls[keep[c]])
                 else:
@@ -87,103 +91,131 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
 
 
 def stream(model, inputs, order, rule, start, size, answers, layers):
-    """Depth-wise batching: inputs in the given order, longest first, through `size` places; fills answers and layers."""
-    places, queue, N = Places(model, inputs, rule, start, size, answers, layers), iter(order), len(inputs)
-    free, n = range(size), size                                         # n: the places that are still computed
-    while True:
-        for place, row in zip(free, itertools.islice(queue, len(free))):
-            places.fill(place, row)
-        alive = np.flatnonzero(places.plan[:n, 0] < N)
-        if len(alive) == 0:
-            return
-        if len(alive) <= n // 2:                                        # only once the queue is empty
-            places.move(alive)
-            while len(alive) <= n // 2:
-                n //= 2
-        free = places.run(n, -(-int(places.plan[:n, 1].max()) // 16) * 16)
+    """Depth-wise batching: rows in order, longest first, through `size` places; fills answers and layers."""
+    places = Places(model, inputs, order, rule, start, size, answers, layers)
+    places.prepare()
+    while places.admit():
+        places.launch()
+        places.prepare()                                                # while the device computes
+        places.wait()
 
 
 class Places:
-    """The places of a batch that stays full, each with a row at a layer of its own; a row that stops frees its place.
+    """The places of a batch that is kept full, each with a row at a layer of its own; a row that stops frees
+    its place.
 
-    A step is the same work for every place, so it comes in few shapes: n places, T tokens. On CUDA a shape that comes
-    again is recorded as a graph, which a host starts in a fraction of the time of its sixty kernels.
+    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter,
+    ...), and T tokens in steps of 16. On CUDA a shape that keeps coming is recorded as a graph: its seventy
+    kernels take the host longer to start than the device to run. Rows arrive within the step, at most a
+    quarter of the places.
     """
 
-    def __init__(self, model, inputs, rule, start, size, answers, layers):
-        self.model, self.inputs, self.rule, self.start = model, inputs, rule, start
-        self.answers, self.layers, self.device, self.N = answers, layers, answers.device, len(inputs)
+    def __init__(self, model, inputs, order, rule, start, size, answers, layers):
+        self.model, self.inputs, self.queue, self.rule, self.start = model, inputs, iter(order), rule, start
+        self.answers, self.layers, self.device = answers, layers, answers.device
+        self.cuda, self.size, self.N = self.device.type == "cuda", size, len(inputs)
         longest = max(len(ids) for ids, _ in inputs)
-        self.width = min(-(-longest // 16) * 16, getattr(model.encoder, "max_length", longest))
-        self.host = torch.zeros(size, 3 + 2 * self.width, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self.plan = self.host.numpy()                                   # row, length, fresh, ids, segments by place
-        self.plan[:, :2] = self.N, 1
+        self.width = W = min(-(-longest // 16) * 16, getattr(model.encoder, "max_length", longest))
+        most = -(-size // 4) if self.cuda else size              # arrivals a step, embedded even if none come
+        self.ready = np.zeros((0, 3 + 2 * W), np.int32)            # place, row, length, ids, segments of each
+        self.host = torch.zeros(most, 3 + 2 * W, dtype=torch.int32, pin_memory=self.cuda)
         self.sent = torch.empty_like(self.host, device=self.device)
-        nobody = layers.new_zeros(size)
-        self.depth, self.stop = nobody.clone(), nobody.bool()           # (size,) each
-        self.h = answers.new_zeros(size, self.width, model.encoder.hidden_size)
+        self.taken = np.zeros(size, np.int64)                    # tokens of the row in a place, 0: it is free
+        nobody = layers.new_zeros(size + 1)                           # the last place is for who did not come
+        self.row, self.length, self.depth = nobody + self.N, nobody + 1, nobody.clone()
+        self.stop = nobody.bool()
+        self.h = answers.new_zeros(size + 1, W, model.encoder.hidden_size)
         self.pooled, self.state = torch.zeros_like(self.h[:, 0]), tuple(s[nobody] for s in start)
-        self.seen, self.graphs = set(), {}
+        self.uses, self.graphs = collections.Counter(), {}
 
-    def fill(self, place, row):
-        ids, segments = self.inputs[row]
-        T, W = len(ids), self.width
-        self.plan[place, :3] = row, T, 1
-        self.plan[place, 3:3 + T], self.plan[place, 3 + W:3 + W + T] = ids, segments
+    def prepare(self):
+        """Packs the rows that come next."""
+        rows = list(itertools.islice(self.queue, len(self.host) - len(self.ready)))
+        if rows:
+            both, mask = table([self.inputs[row] for row in rows], self.width, 0)
+            packed = np.column_stack([np.zeros(len(rows)), rows, mask.sum(1), *both]).astype(np.int32)
+            self.ready = np.concatenate([self.ready, packed])
+
+    def admit(self):
+        """Rows that are ready take free places -> whether any place is taken"""
+        alive = np.flatnonzero(self.taken)
+        coming = min(len(self.ready), self.size - len(alive))
+        if len(alive) and self.shape(len(alive) + coming) < self.shape(alive[-1] + 1):
+            self.move(alive)
+        free = np.flatnonzero(self.taken == 0)[:coming]
+        plan = self.host.numpy()
+        plan[:, :3] = self.size, self.N, 1
+        plan[:coming] = self.ready[:coming]
+        plan[:coming, 0], self.taken[free] = free, self.ready[:coming, 2]
+        self.ready = self.ready[coming:]
+        return self.taken.any()
+
+    def shape(self, count):
+        """The least of all places, a half, a quarter, ... that holds so many"""
+        n = self.size
+        while count <= n // 2:
+            n //= 2
+        return n
 
     def move(self, alive):
-        """The rows that are left move to the first places."""
-        self.plan[:len(alive)], self.plan[len(alive):, :2] = self.plan[alive], (self.N, 1)
-        keep = upload(alive.tolist(), self.device)
-        for tensor in (self.h, self.pooled, self.depth, *self.state):
-            tensor[:len(alive)] = tensor[keep]
+        """The rows in the places `alive` move to the first places."""
+        k, keep = len(alive), upload(alive, self.device)
+        for tensor in (self.row, self.length, self.depth, self.h, self.pooled, *self.state):
+            tensor[:k] = tensor[keep]
+        self.row[k:], self.taken[:k], self.taken[k:] = self.N, self.taken[alive], 0
+
+    def launch(self):
+        """Starts one step for all places that are taken."""
+        n = self.n = self.shape(np.flatnonzero(self.taken)[-1] + 1)
+        T = min(-(-int(self.taken.max()) // 16) * 16, self.width)
+        self.sent.copy_(self.host, non_blocking=True)
+        self.uses[n, T] += 1
+        if not self.cuda or self.uses[n, T] < 4:                       # recording takes as long as some steps
+            return self.step(n, T)
+        if (n, T) not in self.graphs:
+            self.graphs[n, T] = record(lambda: self.step(n, T))
+        self.graphs[n, T].replay()
+
+    def wait(self):
+        """Frees the places whose rows have stopped; the host waits for the device here alone."""
+        self.taken[:self.n][self.stop[:self.n].cpu().numpy()] = 0
 
     def step(self, n, T):
-        """Everything between two looks of the host: rows that are fresh start, all go one layer on, some stop."""
-        encoder, W = self.model.encoder, self.width
-        row, length, fresh = self.sent[:n, :3].long().unbind(1)         # (n,) each
-        ids, segments = self.sent[:n, 3:3 + T].long(), self.sent[:n, 3 + W:3 + W + T].long()
+        """Everything between two looks of the host: rows arrive, all go one layer on, some stop."""
+        encoder, W, L = self.model.encoder, self.width, self.model.num_layers
+        place, row, length = self.sent[:, :3].long().unbind(1)
+        h = encoder.embed(self.sent[:, 3:3 + T].long(), self.sent[:, 3 + W:3 + W + T].long())
+        first = [s[row.clamp(max=self.N - 1)] for s in self.start]
+        new = (row, length, torch.zeros_like(row), h, torch.zeros_like(h[:, 0]), *first)
+        held = (self.row, self.length, self.depth, self.h[:, :T], self.pooled, *self.state)
+        for old, arriving in zip(held, new):
+            old.index_copy_(0, place, arriving.to(old.dtype))
+        row, length, i, h, previous, *state = (old[:n] for old in held)
+        i = (i + 1).clamp(max=L)                                        # (n,) an empty place goes no further
         mask = torch.arange(T, device=self.device) < length[:, None]    # (n,T)
-        first = (encoder.embed(ids, segments), torch.zeros_like(self.pooled[:n]), torch.zeros_like(self.depth[:n]),
-                 *(s[row.clamp(max=self.N - 1)] for s in self.start))
-        held = (self.h[:n, :T], self.pooled[:n], self.depth[:n], *(s[:n] for s in self.state))
-        h, previous, i, *state = (torch.where(fresh.view(-1, *[1] * (old.dim() - 1)) > 0, new, old)
-                                  for new, old in zip(first, held))
-        i = (i + 1).clamp(max=self.model.num_layers)                    # an empty place stays where it is
         h = encoder.layer(1, h, mask)                                   # (n,T,H) every layer is this one
         pooled = encoder.pool(h)                                        # (n,H)
-        logits, lam = self.model.heads(i, pooled, previous)
+        logits, lam = self.model.heads(i, pooled, previous)             # (n,C), (n,)
         state, done = self.rule.step(tuple(state), i, lam, logits)
-        stop = done | (i == self.model.num_layers)
-        for old, new in zip((*held, self.stop[:n]), (h, pooled, i, *state, stop)):
-            old.copy_(new)
+        stop = done | (i == L)
         target = torch.where(stop, row, self.N)
         self.answers.index_copy_(0, target, logits.to(self.answers.dtype))
         self.layers.index_copy_(0, target, i)
-
-    def run(self, n, T):
-        """One step for n places and T tokens -> the places that are free after it; the host waits for the device once."""
-        T = min(T, self.width)
-        self.sent.copy_(self.host, non_blocking=True)
-        if self.device.type != "cuda" or (n, T) not in self.seen:
-            self.step(n, T)                                             # also warms up what a graph must not do
-            self.seen.add((n, T))
-        else:
-            if (n, T) not in self.graphs:
-                self.graphs[n, T] = graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.step(n, T)
-            self.graphs[n, T].replay()
-        free = [place for place, stop in enumerate(self.stop[:n].tolist()) if stop]
-        self.plan[:n, 2], self.plan[free, :2] = 0, (self.N, 1)          # an empty place has one token
-        return free
+        row = torch.where(stop, self.N, row)
+        for old, now in zip((*held, self.stop), (row, length, i, h, pooled, *state, stop)):
+            old[:n].copy_(now)
 
 
-def first(encoder, i, h, mask):
-    """h_i of the first token alone (B,1,H), by the encoder's own way or as a part of the whole layer"""
-    if hasattr(encoder, "first"):
-        return encoder.first(i, h, mask)
-    return encoder.layer(i, h, mask)[:, :1]
+def record(work):
+    """What work() would start on the GPU, as a graph; it is not run"""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        work()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 def pad(inputs, encoder, device, length=None):
@@ -191,19 +223,25 @@ def pad(inputs, encoder, device, length=None):
 
     T is the given length, or that of the longest, padded.
     """
-    lengths = np.array([len(ids) for ids, _ in inputs])
-    T = length or padded(int(lengths.max()), encoder, device)
-    mask = np.arange(T) < lengths[:, None]
-    both = np.zeros((2, len(inputs), T), dtype=np.int64)
-    both[0] = getattr(encoder, "pad_id", 0)
-    for values, column in zip(both, zip(*inputs)):
-        values[mask] = np.fromiter(itertools.chain.from_iterable(column), np.int64, lengths.sum())
+    T = length or padded(max(len(ids) for ids, _ in inputs), encoder, device)
+    both, mask = table(inputs, T, getattr(encoder, "pad_id", 0))
     ids, segments = upload(both, device)
     return ids, upload(mask, device), segments
 
 
+def table(inputs, T, pad_id):
+    """list of (ids, segments) -> array of ids and segments (2,B,T), mask (B,T)"""
+    lengths = np.array([len(ids) for ids, _ in inputs])
+    mask = np.arange(T) < lengths[:, None]
+    both = np.zeros((2, len(inputs), T), dtype=np.int64)
+    both[0] = pad_id
+    for values, column in zip(both, zip(*inputs)):
+        values[mask] = np.fromiter(itertools.chain.from_iterable(column), np.int64, lengths.sum())
+    return both, mask
+
+
 def upload(values, device, dtype=None):
-    """Numbers, nested or an array -> a tensor on the device; memory is pinned for a GPU, so that the host need not wait"""
+    """Numbers or an array -> a tensor on the device; pinned on its way to a GPU, so that no one need wait"""
     x = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
@@ -211,7 +249,7 @@ def upload(values, device, dtype=None):
 
 
 def padded(T, encoder, device):
-    """The length to which a longest row of T tokens is padded: on a GPU a multiple of 8, which its kernels want"""
+    """The length to which rows of at most T tokens are padded: on a GPU a multiple of 8, for its kernels"""
     if torch.device(device).type == "cpu":
         return T
     whole = -(-T // 8) * 8
@@ -219,9 +257,10 @@ def padded(T, encoder, device):
 
 
 def chunks(lengths, batch_size, device):
-    """Rows of the given lengths, longest first, in slices of at most batch_size, on a CPU of CHUNK_TOKENS tokens or one row
+    """Slices of rows of the given lengths, longest first: of at most batch_size rows, on a CPU also of
+    CHUNK_TOKENS
 
-    -> slice, T, its longest row
+    -> slice, T, the length of its longest row
     """
     start = 0
     while start < len(lengths):
@@ -233,7 +272,7 @@ def chunks(lengths, batch_size, device):
 
 
 def split(done, last):
-    """done (B,) bool -> lists of the rows that stop, all at the last layer, and that go on; the host waits for the device once"""
+    """done (B,) bool -> lists of the rows that stop, all at the last layer, and go on; the host waits here"""
     if last:
         return list(range(len(done))), []
     waited = done.tolist()

@@ -1,484 +1,452 @@
-"""From text to tensors to scores: the GLUE tasks and the built-in task `parity`, tokenizers, batches, metrics,
-submissions.
+"""From files to examples and from predictions to scores: GLUE's tasks, own data, and the task `parity`.
 
-Read in this order: TASKS, load(), AlbertTokenizer, buckets(), score(); the rest stands below, in sections of its own.
-Whatever a file, a row or an argument can get wrong is an InputError, one sentence for a person.
+Whatever a file, a row or an argument can get wrong is an InputError of one sentence.
 """
 
+import contextlib
+import math
 import os
 import random
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip
-from text import _short
 
 
-# Tasks ----------------------------------------------------------------------------------------------------------------
+# ---- tasks ----
 
-class Example(NamedTuple):
-    """One row: text_b is None for a single sentence; label is a class index, a float (stsb), or None (GLUE's test
-    sets)."""
-    text_a: str
-    text_b: str | None
-    label: int | float | None
+# text_b is None for a single sentence; label is a class index, a number (regression) or None (unknown).
+Example = namedtuple("Example", ("text_a", "text_b", "label"), defaults=(None, None))
+SINGLE, PAIR, SPLITS = ("sentence",), ("sentence1", "sentence2"), ("train", "dev", "test")
 
 
-class Source(NamedTuple):
-    """A file to download: URL, size in bytes and sha256."""
-    url: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Task:
-    """A row of TASKS. `columns` and `label_column` are names in the files' headers; `rows` has the published row
-    counts."""
-    name: str
-    folder: str                        # in the zips, in --data-dir, and the stem of the submission's file
-    labels: tuple[str, ...] | None     # the words in the files, in the order of their class index; None: regression
-    columns: tuple[str, ...]
-    label_column: str | None
-    metrics: tuple[str, ...]           # "score" is their mean
-    rows: dict[str, int] = field(hash=False)
-    sources: tuple[Source, ...] = ()
+    """labels: the files' words by class index, or None for a regression; columns: the names of one or two
+    texts in the header; rows: the published numbers for the splits; downloads: names in DOWNLOADS."""
 
-    @property
-    def num_labels(self) -> int:
-        """Classes; 1 for regression."""
-        return len(self.labels) if self.labels else 1
-
-    @property
-    def pair(self) -> bool:
-        return len(self.columns) == 2
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.rows)
-
-    @property
-    def dev_splits(self) -> tuple[str, ...]:
-        return tuple(s for s in self.rows if s.startswith("dev"))
-
-    @property
-    def test_splits(self) -> tuple[str, ...]:
-        return tuple(s for s in self.rows if s.startswith("test"))
+    def __init__(self, name, folder, labels, columns=PAIR, label_column=None, metrics=None, splits=SPLITS,
+                 rows=(), downloads=None):
+        self.name, self.folder, self.labels, self.columns, self.splits = name, folder, labels, columns, splits
+        self.label_column = label_column or ("label" if labels else "score")
+        self.metrics = metrics or (("accuracy",) if labels else ("pearson", "spearman"))
+        self.rows, self.downloads = dict(zip(splits, rows)), downloads or (f"{folder}.zip",)
+        self.num_labels, self.pair = len(labels) if labels else 1, len(columns) == 2
+        self.dev_splits = tuple(split for split in splits if split.startswith("dev"))
+        self.test_splits = tuple(split for split in splits if split.startswith("test"))
 
 
-def _glue(file: str, size: int, sha256: str) -> tuple[Source, ...]:
-    return (Source(f"https://dl.fbaipublicfiles.com/glue/data/{file}", size, sha256),)
-
-
-def _mrpc(file: str, size: int, sha256: str) -> tuple[Source, ...]:
-    return (Source(f"https://dl.fbaipublicfiles.com/senteval/senteval_data/{file}", size, sha256),)
-
-
-def _counts(train: int, dev: int, test: int) -> dict[str, int]:
-    return {"train": train, "dev": dev, "test": test}
-
-
-# Sizes and sha256 as Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt) publish them,
-# which agree. MRPC is not in GLUE's bucket: its train and dev sets are made of Microsoft's training file and the list
-# of dev ids.
-_BINARY, _NLI = ("0", "1"), ("entailment", "not_entailment")
-_MNLI, _TWO = ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2")
+BINARY, NLI = ("0", "1"), ("entailment", "not_entailment")
+MNLI = ("entailment", "neutral", "contradiction")
+MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
+MRPC_FILES = ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "mrpc_dev_ids.tsv")
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", _BINARY, ("sentence",), "label", ("matthews",), _counts(8551, 1043, 1063),
-         _glue("CoLA.zip", 376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")),
-    Task("sst2", "SST-2", _BINARY, ("sentence",), "label", ("accuracy",), _counts(67349, 872, 1821),
-         _glue("SST-2.zip", 7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")),
-    Task("mrpc", "MRPC", _BINARY, ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), _counts(3668, 408, 1725),
-         _mrpc("msr_paraphrase_train.txt", 1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89")
-         + _mrpc("msr_paraphrase_test.txt", 441275, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784")
-         + _glue("mrpc_dev_ids.tsv", 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")),
-    Task("stsb", "STS-B", None, _TWO, "score", ("pearson", "spearman"), _counts(5749, 1500, 1379),
-         _glue("STS-B.zip", 802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")),
-    Task("qqp", "QQP", _BINARY, ("question1", "question2"), "is_duplicate", ("accuracy", "f1"),
-         _counts(363846, 40430, 390965),
-         _glue("QQP-clean.zip", 41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0")),
-    Task("mnli", "MNLI", _MNLI, _TWO, "gold_label", ("accuracy",),
-         {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832, "test_matched": 9796, "test_mismatched": 9847},
-         _glue("MNLI.zip", 312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")),
-    Task("qnli", "QNLI", _NLI, ("question", "sentence"), "label", ("accuracy",), _counts(104743, 5463, 5463),
-         _glue("QNLIv2.zip", 10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")),
-    Task("rte", "RTE", _NLI, _TWO, "label", ("accuracy",), _counts(2490, 277, 3000),
-         _glue("RTE.zip", 697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")),
-    Task("wnli", "WNLI", _BINARY, _TWO, "label", ("accuracy",), _counts(635, 71, 146),
-         _glue("WNLI.zip", 28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")),
-    Task("ax", "AX", _MNLI, _TWO, None, ("accuracy",), {"test": 1104},
-         _glue("AX.tsv", 222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")),
-    Task("parity", "parity", ("opposite", "same"), _TWO, "label", ("accuracy",), _counts(30000, 1000, 1000)),
+    Task("cola", "CoLA", BINARY, SINGLE, metrics=("matthews",), rows=(8551, 1043, 1063)),
+    Task("sst2", "SST-2", BINARY, SINGLE, rows=(67349, 872, 1821)),
+    Task("mrpc", "MRPC", BINARY, ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"),
+         rows=(3668, 408, 1725), downloads=MRPC_FILES),
+    Task("stsb", "STS-B", None, rows=(5749, 1500, 1379)),
+    Task("qqp", "QQP", BINARY, ("question1", "question2"), "is_duplicate", ("accuracy", "f1"),
+         rows=(363846, 40430, 390965), downloads=("QQP-clean.zip",)),
+    Task("mnli", "MNLI", MNLI, label_column="gold_label", splits=MNLI_SPLITS,
+         rows=(392702, 9815, 9832, 9796, 9847)),
+    Task("qnli", "QNLI", NLI, ("question", "sentence"), rows=(104743, 5463, 5463), downloads=("QNLIv2.zip",)),
+    Task("rte", "RTE", NLI, rows=(2490, 277, 3000)),
+    Task("wnli", "WNLI", BINARY, rows=(635, 71, 146)),
+    Task("ax", "AX", MNLI, splits=("test",), rows=(1104,), downloads=("AX.tsv",)),
+    Task("parity", "parity", ("opposite", "same"), rows=(30000, 1000, 1000)),
 )}
 
-
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: the tasks are {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def load(task: str, split: str, data_dir: str | Path | None = None) -> list[Example]:
-    """The rows of one split, in the order of the file. Splits are train, dev and test; mnli has dev_matched,
-    dev_mismatched, test_matched, test_mismatched; ax has test alone. Without `data_dir` the files are downloaded once
-    into the cache.
-
-    Rows are read as GLUE wrote them: no quoting, lines end at "\\n" alone, columns by their names in the header. A row
-    with too few fields, or in a labelled split too many, is dropped, and stderr says how many; a test row with too many
-    fields keeps its named columns, because the server wants a prediction for every row. Test sets have no labels
-    (None). Anything else that is not as it should be raises InputError."""
-    spec = _task(task)
-    if split not in spec.splits:
-        raise InputError(f"{task} has no split {split!r}: its splits are {', '.join(spec.splits)}")
-    if task == "parity":
-        return parity(split)
-    paths = _find(spec, split, data_dir)
-    if not paths:
-        raise InputError(f"{Path(data_dir) / _choices(spec, split)[0][0]} is not there: pass --data-dir a folder that "
-                         "holds it (the layout of GLUE's zips), or leave --data-dir out where there is a network")
-    return _read(spec, split, *paths)
+# Bytes and sha256, as Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt)
+# have them. MRPC's train and dev sets are made of Microsoft's training file and GLUE's list of dev ids.
+SERVER = "https://dl.fbaipublicfiles.com/"
+DOWNLOADS = {
+    "CoLA.zip": (376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "SST-2.zip": (7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "msr_paraphrase_train.txt": (1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+    "msr_paraphrase_test.txt": (441275, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
+    "mrpc_dev_ids.tsv": (6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+    "STS-B.zip": (802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    "QQP-clean.zip": (41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "MNLI.zip": (312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "QNLIv2.zip": (10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "RTE.zip": (697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "WNLI.zip": (28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+    "AX.tsv": (222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
+}
 
 
-def sources(task: str, data_dir: str | Path | None = None) -> list[Path]:
-    """The files that load() reads for all splits of the task that are there (downloaded first without `data_dir`)."""
-    spec = _task(task)
-    found = [path for split in spec.splits for path in _find(spec, split, data_dir)] if spec.sources else []
-    return list(dict.fromkeys(found))
+def get_task(name):
+    """-> the Task of a name in TASKS, or of a folder of own data: train.tsv, dev.tsv, perhaps test.tsv, with
+    columns `sentence`, or `sentence1` and `sentence2`, and `label` (the words in train.tsv, sorted, are the
+    classes) or `score` (a number). A Task is returned as it is."""
+    if isinstance(name, Task):
+        return name
+    name = str(name)
+    if name in TASKS:
+        return TASKS[name]
+    splits = tuple(split for split in SPLITS if os.path.isfile(f"{name}/{split}.tsv"))
+    if splits[:2] != ("train", "dev"):
+        raise InputError(f"unknown task {shorten(name)!r}: expected a folder with train.tsv and dev.tsv, or "
+                         "one of " + ", ".join(TASKS))
+    path = Path(name, "train.tsv")
+    header, rows = open_table(path)
+    columns = PAIR if "sentence1" in header else SINGLE
+    label_column = "score" if "score" in header and "label" not in header else "label"
+    place = find_columns(path, header, (*columns, label_column))[-1]
+    if label_column == "score":
+        return Task(name, ".", None, columns, splits=splits)
+    labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
+    if len(labels) < 2:
+        raise damaged(path, f"the classes are {labels}, expected two or more", 2)
+    return Task(name, ".", tuple(labels), columns, splits=splits)
 
 
-def _choices(task: Task, split: str) -> list[tuple[str, ...]]:
-    """The sets of files, any of which will do for a split, the usual one first."""
-    if task.name == "ax":
-        return [("AX/AX.tsv",), ("AX.tsv",), ("diagnostic/diagnostic.tsv",), ("diagnostic.tsv",), ("AX/test.tsv",)]
-    files = [(f"{split}.tsv",)]
-    if task.name == "mrpc":
-        raw = "msr_paraphrase_test.txt" if split == "test" else "msr_paraphrase_train.txt"
-        files += [(raw,)] if split == "test" else [(raw, "mrpc_dev_ids.tsv"), (raw, "dev_ids.tsv")]
-    return [tuple(f"{folder}{name}" for name in names) for folder in (f"{task.folder}/", "") for names in files]
+# ---- rows of a file ----
+
+def shorten(text):
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _find(task: Task, split: str, data_dir: str | Path | None) -> tuple[Path, ...]:
-    """The file of a split (and MRPC's dev ids where the split is made from the raw file), or () if `data_dir` has
-    none."""
-    if data_dir is None:
-        data_dir = _fetch(task)
-    elif not os.path.isdir(data_dir):
-        raise InputError(f"{data_dir} is not there or not a folder: pass --data-dir the folder that holds "
-                         f"{task.folder}/, or leave it out where there is a network for the download")
-    for names in _choices(task, split):
-        paths = tuple(Path(data_dir) / name for name in names)
-        if all(map(os.path.isfile, paths)):
-            return paths
-    return ()
+def damaged(path, reason, line):
+    return InputError(f"{path}: not a whole TSV file ({reason}, line {line}); correct it or get it again")
 
 
-def _fetch(task: Task) -> Path:
-    """Download and unpack what is not yet in the cache; returns a folder there that is laid out like --data-dir."""
-    root = cache_dir() / "glue"
-    for url, size, sha256 in task.sources:
-        name = url.rsplit("/", 1)[1]
-        unpacked = root / name.removesuffix(".zip") if name.endswith(".zip") else None
-        if unpacked and os.path.isdir(unpacked):
-            return unpacked
-        path = root / name if unpacked else root / task.folder / name
-        try:
-            download([url], path, sha256=sha256, size=size)
-        except InputError as error:
-            wanted = " and ".join(_choices(task, task.splits[0])[0])
-            raise InputError(f"could not fetch {task.folder}'s data from {url} ({str(error).rstrip('.')}): run once "
-                             f"where there is a network, or pass --data-dir FOLDER that has FOLDER/{wanted}") from None
-        if unpacked:    # text packs to a third or so: a member 20 times the size of its archive is no data set
-            return extract_zip(path, unpacked, {f"{task.folder}/{split}.tsv": 20 * size for split in task.splits})
-    return root
-
-
-def _lines(path: Path):
-    """Yields (line number, fields). Bytes are split at b"\\n" alone: text may hold U+0085, U+2028 and other "line
-    ends"."""
+def read_lines(path):
+    """Yields (line number, fields). Only "\\n" ends a line, because texts hold U+2028 and its like; quotation
+    marks are text; the first line may have a BOM."""
+    number = 1
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                line = line.removesuffix(b"\n").removesuffix(b"\r")
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")    # a BOM; further down it would be text
-                if line:
-                    yield number, line.decode("utf-8").split("\t")
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8").split("\t")
     except UnicodeDecodeError:
-        raise InputError(f"{path}, line {number}, is not UTF-8 text: fetch the file again or convert it") from None
+        raise damaged(path, "not UTF-8 text", number) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the file") from None
 
 
-def _read(task: Task, split: str, path: Path, dev_ids_path: Path | None = None) -> list[Example]:
-    labelled = not split.startswith("test")
-    lines = _lines(path)
-    if task.name == "cola" and labelled:
-        header, header_line = ["source", "label", "mark", "sentence"], None    # CoLA's train and dev have no header
+def open_table(path, header=None):
+    """-> the header (the first line, unless given) and a generator of (line number, fields) for the rows. An
+    empty line is no row, but in a table of one column it is an empty text."""
+    lines = read_lines(path)
+    if header is None:
+        _, header = next(lines, (1, [""]))
+    return header, ((number, fields) for number, fields in lines if len(header) == 1 or fields != [""])
+
+
+def find_columns(path, header, names):
+    """-> the place of each name in the header."""
+    for name in names:
+        if name not in header:
+            found = shorten(", ".join(header))
+            raise damaged(path, f"no column {name!r} in {found!r}, expected {', '.join(names)}", 1)
+    return [header.index(name) for name in names]
+
+
+def read_label(task, word, path, line):
+    """-> the class index or the number that a word stands for."""
+    if task.labels:
+        if word in task.labels:
+            return task.labels.index(word)
+        expected = "one of " + shorten(", ".join(task.labels))
     else:
-        header_line, header = next(lines, (None, None))
-        if header is None:
-            raise InputError(f"{path} is empty: expected a header line and rows, so fetch the file again")
-    wanted = list(task.columns) + [task.label_column] * labelled + ["#1 ID", "#2 ID"] * bool(dev_ids_path)
-    absent = [name for name in wanted if name not in header]
-    if absent:
-        raise InputError(f"{path} has no column {absent[0]!r}: expected a header with {', '.join(wanted)}, found "
-                         f"{_short(', '.join(header))}; check that this is the file of {task.folder}, {split}")
-    where = [header.index(name) for name in task.columns]
-    label_at = header.index(task.label_column) if labelled else None
-    if dev_ids_path:
-        dev_ids, seen = _dev_ids(dev_ids_path), set()
-        ids_at = header.index("#1 ID"), header.index("#2 ID")
-    classes = {word: index for index, word in enumerate(task.labels or ())}
+        expected = "a finite number, for stsb from 0 to 5"
+        with contextlib.suppress(ValueError):
+            value = float(word)
+            if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
+                return value
+    raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
 
-    examples, dropped, rows = [], [], 0
-    for number, fields in lines:
-        rows += 1
-        if len(fields) < len(header) or labelled and (len(fields) > len(header) or not fields[label_at]):
+
+def read_split(task, split, path, ids_path=None):
+    """-> the Examples of a file, as load() says; with ids_path, it is MRPC's raw training file."""
+    has_header = task.name != "cola" or split == "test"
+    header, rows = open_table(path, None if has_header else ["source", "label", "mark", "sentence"])
+    if ids_path:
+        rows = select_mrpc(rows, split, path, ids_path)
+    labelled = split not in task.test_splits or (task.name not in TASKS and task.label_column in header)
+    places = find_columns(path, header, task.columns)
+    label_place = find_columns(path, header, [task.label_column])[0] if labelled else None
+    examples, dropped, number = [], [], 1
+    for number, fields in rows:
+        whole = len(fields) >= len(header)
+        if whole and labelled:
+            whole = len(fields) == len(header) and fields[label_place] != ""
+        if not whole:
             dropped.append(number)
             continue
-        if dev_ids_path:
-            ids = fields[ids_at[0]], fields[ids_at[1]]
-            seen.add(ids)
-            if (ids in dev_ids) != (split == "dev"):
-                continue
-        label = None
-        if labelled:
-            word = fields[label_at]
-            label = classes.get(word) if task.labels else _similarity(word)
-            if label is None:
-                expected = "one of " + ", ".join(task.labels) if task.labels else "a number from 0 to 5"
-                raise InputError(f"{path}, line {number}, has the label {_short(word)!r}: expected {expected} in "
-                                 f"column {label_at + 1}, so correct or remove the row")
-        examples.append(Example(fields[where[0]], fields[where[1]] if task.pair else None, label))
+        label = read_label(task, fields[label_place], path, number) if labelled else None
+        examples.append(Example(*[fields[place] for place in places], label=label))
     if dropped:
-        print(f"{path}: dropped {len(dropped)} of {rows} rows, which have not the {len(header)} fields they should "
-              f"(the first is line {dropped[0]})", file=sys.stderr)
-    if dev_ids_path and dev_ids - seen:
-        raise InputError(f"{len(dev_ids - seen)} of the {len(dev_ids)} dev ids in {dev_ids_path} are not in {path}: "
-                         "the two files are not whole or not of one release, so fetch both again")
+        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows, which lack a "
+              f"field or a label, or have too many (the first is line {dropped[0]})", file=sys.stderr)
     if not examples:
-        found = "no usable row" if rows else "a header but no rows" if header_line else "no rows"
-        raise InputError(f"{path} has {found}: fetch the file again")
+        raise damaged(path, "no usable row", number)
     return examples
 
 
-def _dev_ids(path: Path) -> set[tuple[str, str]]:
-    ids = set()
-    for number, fields in _lines(path):
-        if len(fields) != 2:
-            raise InputError(f"{path}, line {number}, has {len(fields)} fields: expected two ids with a tab between, "
-                             "so fetch the file again")
-        ids.add((fields[0], fields[1]))
-    if not ids:
-        raise InputError(f"{path} is empty: expected MRPC's dev ids, so fetch the file again")
-    return ids
+def select_mrpc(rows, split, path, ids_path):
+    """Yields the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
+    _, listed = open_table(ids_path, ["#1 ID", "#2 ID"])
+    dev_ids = {tuple(fields) for _, fields in listed}
+    missing, number = set(dev_ids), 1
+    for number, fields in rows:
+        ids = tuple(fields[1:3])    # "#1 ID" and "#2 ID"
+        missing.discard(ids)
+        if (ids in dev_ids) == (split == "dev"):
+            yield number, fields
+    if missing or not dev_ids:
+        raise damaged(path, f"without {len(missing)} of the {len(dev_ids)} dev ids in {ids_path}", number)
 
 
-def _similarity(word: str) -> float | None:
-    try:
-        value = float(word)
-    except ValueError:
-        return None
-    return value if 0 <= value <= 5 else None
+def read_inputs(path, task):
+    """Yields an unlabelled Example for each row of a file of any size. Its header has the task's own columns,
+    or `sentence`, or `sentence1` and `sentence2`. Every row must get its answer, so one that lacks a text
+    raises InputError."""
+    task = get_task(task)
+    header, rows = open_table(path)
+    columns = PAIR if task.pair else SINGLE
+    if set(task.columns) <= set(header):
+        columns = task.columns
+    places = find_columns(path, header, columns)
+    for number, fields in rows:
+        if len(fields) <= max(places):
+            raise damaged(path, f"{len(fields)} of {len(header)} fields", number)
+        yield Example(*[fields[place] for place in places])
 
 
-# The built-in task ----------------------------------------------------------------------------------------------------
+# ---- files of a task ----
 
-# Phrases of both kinds have four words. How many phrases a text has is drawn first and then, at even odds, its label:
-# so neither its length nor its number of phrases says anything about the label. Measured with a 12-layer ALBERT (H 64)
-# from scratch: up to three phrases, of words that the two kinds do not share, it learns in 400 steps; with four, or
-# with words in common, or with no short texts among them, it stays for long at "is there any negation?", 75%.
-_NEGATING = ("it is false that", "it is wrong that", "it is untrue that")
-_NEUTRAL = ("they all say that", "we all know that", "you all hear that")
-_MOST_PHRASES = 3
-_ADJECTIVES = ("red", "old", "small", "tall", "quiet", "happy", "grey", "young", "brave", "lazy", "kind", "thin")
-_NOUNS = ("cat", "dog", "bird", "king", "child", "horse", "nurse", "wolf", "poet", "pilot", "fox", "judge", "duke",
-          "clown", "queen", "goat", "baker", "monk", "bear", "guest")
-_VERBS = ("sleeps", "runs", "sings", "waits", "jumps", "laughs", "eats", "reads", "swims", "dreams", "works", "hides",
-          "walks", "smiles", "cooks", "writes")
+def load(task, split, data_dir=None):
+    """-> the rows of one split, a list of Example in the order of the file. mnli has dev_matched,
+    dev_mismatched, test_matched and test_mismatched; ax has test alone. Without `data_dir`, GLUE's files are
+    downloaded once into the cache; parity and own data do not use it. GLUE's test sets have no labels.
+
+    A row with too few fields, or in a labelled split with too many or no label, is dropped, and stderr says
+    how many; a test row with too many is kept, because GLUE's server wants an answer for every row."""
+    task = get_task(task)
+    if split not in task.splits:
+        raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
+    if task.name == "parity":
+        return parity(split)
+    paths = find_files(task, split, data_dir)
+    if not paths:
+        raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir or cache_dir()}: pass a --data-dir "
+                         "that holds it, or leave --data-dir out where there is a network")
+    return read_split(task, split, *paths)
 
 
-def parity(split: str, seed: int = 0) -> list[Example]:
-    """PonderNet's parity experiment told in sentence pairs: text_b is text_a under k = 0..3 nested negations, mixed
-    with neutral phrases; the label is 1 ("same") where k is even. Half the rows of a split are of either class, also
-    among the texts with the same number of phrases, and no pair occurs twice in the three splits. The same seed gives
-    the same rows."""
-    rows, draw, seen = TASKS["parity"].rows, random.Random(seed), set()
-    if split not in rows:
-        raise InputError(f"parity has no split {split!r}: its splits are {', '.join(rows)}")
+def sources(task, data_dir=None):
+    """-> the files that load() reads for all splits, as many as are there."""
+    task = get_task(task)
+    if task.name == "parity":
+        return []
+    return list(dict.fromkeys(path for split in task.splits for path in find_files(task, split, data_dir)))
+
+
+def find_files(task, split, data_dir):
+    """-> the file of a split, and MRPC's dev ids where the split is made from the raw file; [] for none."""
+    if task.name not in TASKS:
+        data_dir = task.name
+    elif data_dir is None:
+        data_dir = fetch(task)
+    folders, choices = (task.folder, "."), [[f"{split}.tsv"]]
+    if task.name == "ax":
+        folders, choices = ("AX", ".", "diagnostic"), [["AX.tsv"], ["diagnostic.tsv"]]
+    elif task.name == "mrpc" and split == "test":
+        choices.append(["msr_paraphrase_test.txt"])
+    elif task.name == "mrpc":
+        choices += [["msr_paraphrase_train.txt", ids] for ids in ("mrpc_dev_ids.tsv", "dev_ids.tsv")]
+    for folder in folders:
+        for names in choices:
+            paths = [Path(data_dir, folder, name) for name in names]
+            if all(os.path.isfile(path) for path in paths):
+                return paths
+    return []
+
+
+def fetch(task):
+    """Downloads and unpacks what is not in the cache yet -> a folder laid out like --data-dir."""
+    root = cache_dir() / "glue"
+    for name in task.downloads:
+        zipped, (size, sha256) = name.endswith(".zip"), DOWNLOADS[name]
+        path = root / name if zipped else root / task.folder / name
+        unpacked = path.with_suffix("")
+        if zipped and unpacked.is_dir():
+            return unpacked
+        url = SERVER + ("senteval/senteval_data/" if name.startswith("msr_") else "glue/data/") + name
+        try:
+            download(url, path, sha256=sha256, size=size)
+        except InputError as error:
+            raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
+        if zipped:    # Text packs to a third or so: a member of 20 times the archive's size is no data set.
+            members = {f"{task.folder}/{split}.tsv": 20 * size for split in task.splits}
+            return extract_zip(path, unpacked, members)
+    return root
+
+
+# ---- the task parity ----
+
+# All phrases have four words, and their number is drawn before the label, so no length tells the label. A
+# 12-layer ALBERT (H 64) from scratch learns up to three phrases in 400 steps; with four, with words that
+# both kinds share, or without short texts, it stays for long at "is there any negation?", 75%.
+NEGATING = ("it is false that", "it is wrong that", "it is untrue that")
+NEUTRAL = ("they all say that", "we all know that", "you all hear that")
+ADJECTIVES = "red old small tall quiet happy grey young brave lazy kind thin"
+NOUNS = ("cat dog bird king child horse nurse wolf poet pilot fox judge duke clown queen goat baker monk "
+         "bear guest")
+VERBS = "sleeps runs sings waits jumps laughs eats reads swims dreams works hides walks smiles cooks writes"
+
+
+def parity(split, seed=0):
+    """-> a split of PonderNet's parity experiment, told in sentence pairs: text_b is text_a under k = 0..3
+    nested negations, mixed with neutral phrases; the label is 1 ("same") where k is even. Half the rows have
+    each label, and no pair occurs twice in the three splits."""
+    draw, seen = random.Random(seed), set()
 
     def pick(words):
         return words[int(draw.random() * len(words))]
 
-    for name in ("test", "dev", "train"):    # train last: the two small ones are made without it
-        part = []
-        while len(part) < rows[name]:
-            label = len(part) % 2
-            phrases = pick(range(1, _MOST_PHRASES + 1))
-            k = pick(range(0 if label else 1, phrases + 1, 2))
+    for name in ("test", "dev", "train"):    # train comes last, so that the small splits are made without it
+        examples = []
+        while len(examples) < TASKS["parity"].rows[name]:
+            label = len(examples) % 2
+            phrases = pick((1, 2, 3))
+            k = pick(range(1 - label, phrases + 1, 2))
             negating = set(draw.sample(range(phrases), k))
-            said = [pick(_NEGATING if i in negating else _NEUTRAL) for i in range(phrases)]
-            sentence = f"the {pick(_ADJECTIVES)} {pick(_NOUNS)} {pick(_VERBS)}"
+            said = [pick(NEGATING if i in negating else NEUTRAL) for i in range(phrases)]
+            sentence = f"the {pick(ADJECTIVES.split())} {pick(NOUNS.split())} {pick(VERBS.split())}"
             example = Example(sentence, f"{' '.join(said)} {sentence}", label)
             if example not in seen:
                 seen.add(example)
-                part.append(example)
+                examples.append(example)
         if name == split:
-            draw.shuffle(part)
-            return part
+            draw.shuffle(examples)
+            return examples
 
 
-def negations(text_b: str) -> int:
-    """How many negating phrases of parity() stand in the text: k."""
-    return sum(text_b.count(phrase) for phrase in _NEGATING)
+def negations(text_b):
+    """-> k, the number of parity()'s negating phrases in the text."""
+    return sum(text_b.count(phrase) for phrase in NEGATING)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# ---- batches ----
 
-def buckets(lengths, batch_size: int, generator: torch.Generator | None = None) -> list[list[int]]:
-    """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one batch is not full.
+def cut(rows, size):
+    """-> runs of `size` rows, of which the last may be shorter."""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
-    With a generator (training): shuffled, sorted by length only within runs of 50 batches, and the batches shuffled, so
-    every call gives a new order, which the generator's state decides alone. Without: longest first, ties in order. """
+
+def buckets(lengths, batch_size, generator=None):
+    """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one is less than
+    full. With a generator (training), shuffled rows are sorted by length within runs of 50 batches, and the
+    batches are shuffled. Without one, the longest rows come first."""
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: expected 1 or more")
     lengths = np.asarray(lengths)
     if generator is None:
-        order = np.argsort(-lengths, kind="stable").tolist()
-        return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    order = torch.randperm(len(lengths), generator=generator).numpy()
+        return cut(np.argsort(-lengths, kind="stable").tolist(), batch_size)
     batches = []
-    for i in range(0, len(order), 50 * batch_size):
-        run = order[i:i + 50 * batch_size]
-        run = run[np.argsort(lengths[run], kind="stable")].tolist()    # ties stay in their random order
-        batches += [run[j:j + batch_size] for j in range(0, len(run), batch_size)]
+    for run in cut(torch.randperm(len(lengths), generator=generator).numpy(), 50 * batch_size):
+        batches += cut(run[np.argsort(lengths[run], kind="stable")].tolist(), batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-# Metrics --------------------------------------------------------------------------------------------------------------
+# ---- scores ----
 
-def score(task: str, predictions, labels) -> dict[str, float]:
-    """The task's GLUE metrics and "score", their mean, which is the paper's number, all times 100. predictions and
-    labels (N,): class indices, or for stsb numbers. Where scikit-learn or SciPy find a metric undefined (NaN), it is 0
-    here. mnli's score is that of one dev set: the paper's is the mean over both."""
-    spec = _task(task)
-    predictions, labels = _column(predictions, "predictions"), _column(labels, "labels")
-    if len(predictions) != len(labels) or not len(labels):
-        raise InputError(f"{len(predictions)} predictions for {len(labels)} labels of {task}: expected as many, not 0")
-    if spec.labels:
-        for name, values in (("predictions", predictions), ("labels", labels)):
-            if not np.isin(values, np.arange(spec.num_labels)).all():
-                raise InputError(f"the {name} of {task} must be class indices from 0 to {spec.num_labels - 1}")
-    values = {name: 100 * float(_METRICS[name](predictions, labels)) for name in spec.metrics}
+def answers(logits):
+    """logits (N, C) -> predictions (N,): class indices, or for C = 1 the values. argmax would take a NaN for
+    the best class, so a logit that is NaN or infinite raises InputError."""
+    if not torch.isfinite(logits).all():
+        raise InputError("a logit is NaN or infinite, which is no answer: train again with a lower --lr")
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def score(task, predictions, labels):
+    """-> the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set),
+    times 100. predictions and labels (N,) are class indices, or finite numbers for a regression, else
+    InputError. A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
+    task = get_task(task)
+    predictions, labels = as_numbers(task, predictions, "predictions"), as_numbers(task, labels, "labels")
+    if len(predictions) != len(labels) or len(labels) == 0:
+        raise InputError(f"expected a prediction for each label, found {len(predictions)} for {len(labels)}")
+    values = {name: 100 * float(metric(name, predictions, labels)) for name in task.metrics}
     return values | {"score": sum(values.values()) / len(values)}
 
 
-def _column(values, name: str) -> np.ndarray:
+def as_numbers(task, values, name):
+    """values (N,) or (N, 1) -> float64 (N,): class indices, or finite numbers for a regression."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
-    try:
-        values = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"the {name} must be numbers (GLUE's test sets have no labels to score against)") from None
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1 or np.isnan(values).any() and name == "labels":
-        raise InputError(f"the {name} must be one number a row, found the shape {values.shape}")
-    return values
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        values = np.asarray(values, dtype=np.float64).reshape(len(values))
+        right = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
+        if right.all():
+            return values
+    expected = f"class indices below {task.num_labels}" if task.labels else "finite numbers"
+    raise InputError(f"the {name} of {task.name} must be {expected}, one for each row")
 
 
-def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    return (predictions == labels).mean()
+def metric(name, x, y):
+    """-> the metric of predictions x and labels y (N,), at most 1. f1 is that of class 1."""
+    if name == "accuracy":
+        return (x == y).mean()
+    if name == "f1":
+        return 2 * (x * y).sum() / max((x + y).sum(), 1)
+    if name == "spearman":
+        x, y = rank(x), rank(y)
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0
+    # Pearson's correlation; Matthews' is the same number for classes 0 and 1. Dividing keeps squares finite.
+    return np.corrcoef(x / np.abs(x).max(), y / np.abs(y).max())[0, 1]
 
 
-def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1."""
-    both, either = ((predictions == 1) & (labels == 1)).sum(), (predictions == 1).sum() + (labels == 1).sum()
-    return 2 * both / either if either else 0.0
-
-
-def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation: Pearson's of two indicators, here from the counts."""
-    n, p, t = len(labels), int(predictions.sum()), int(labels.sum())
-    both = int((predictions * labels).sum())
-    square = p * (n - p) * t * (n - t)
-    return (n * both - p * t) / square**0.5 if square else 0.0
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if (x == x[0]).all() or (y == y[0]).all() or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()    # so that no square over- or underflows
-    return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
-    if np.isnan(x).any() or np.isnan(y).any():
-        return 0.0
-    return _pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
+def rank(x):
+    """-> the rank of each value; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-_METRICS = {"accuracy": _accuracy, "f1": _f1, "matthews": _matthews, "pearson": _pearson, "spearman": _spearman}
+# ---- GLUE's server ----
 
-
-# GLUE's server --------------------------------------------------------------------------------------------------------
-
-# The eleven files of a submission and the (task, split) that each holds.
-SUBMISSION = {
+SUBMISSION = {    # the eleven files of a submission, and the task and split that each holds
     "CoLA.tsv": ("cola", "test"), "SST-2.tsv": ("sst2", "test"), "MRPC.tsv": ("mrpc", "test"),
     "STS-B.tsv": ("stsb", "test"), "QQP.tsv": ("qqp", "test"), "MNLI-m.tsv": ("mnli", "test_matched"),
-    "MNLI-mm.tsv": ("mnli", "test_mismatched"),
-    "QNLI.tsv": ("qnli", "test"), "RTE.tsv": ("rte", "test"), "WNLI.tsv": ("wnli", "test"), "AX.tsv": ("ax", "test"),
+    "MNLI-mm.tsv": ("mnli", "test_mismatched"), "QNLI.tsv": ("qnli", "test"), "RTE.tsv": ("rte", "test"),
+    "WNLI.tsv": ("wnli", "test"), "AX.tsv": ("ax", "test"),
 }
 
 
-def submission_rows(task: str, split: str, predictions) -> tuple[str, list[str]]:
-    """-> the file's name in the zip and its lines, header first: class words for mnli, qnli, rte and ax, else 0/1; for
-    stsb the number, clipped to 0..5. predictions (N,): class indices or numbers, as many as the test set has rows, else
-    InputError."""
-    spec = _task(task)
-    names = [name for name, key in SUBMISSION.items() if key == (task, split)]
-    if not names:
-        raise InputError(f"GLUE takes no predictions for {task}, {split}: it takes "
-                         + ", ".join(f"{a} {b}" for a, b in SUBMISSION.values()))
-    values = _column(predictions, "predictions")
-    if len(values) != spec.rows[split]:
-        raise InputError(f"{len(values)} predictions for {task}, {split}: GLUE expects {spec.rows[split]}, one a row, "
-                         "so predict the whole test set of the published files")
-    if spec.labels is None:
-        if np.isnan(values).any():
-            raise InputError(f"a prediction for {task}, {split}, is not a number: GLUE expects numbers from 0 to 5")
-        words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
-    else:
-        if not np.isin(values, np.arange(spec.num_labels)).all():
-            raise InputError(f"the predictions of {task} must be class indices from 0 to {spec.num_labels - 1}")
-        words = [spec.labels[int(value)] for value in values]
-    return names[0], ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
-
-
-def write_submission(zip_path: str | Path, predictions: dict) -> list[str]:
-    """Writes the zip for GLUE's server from {(task, split): predictions (N,)} -> the names of the files that it lacks.
-    The same predictions give the same bytes. Nothing is written unless every set of predictions is right."""
-    files = dict(submission_rows(task, split, values) for (task, split), values in predictions.items())
-    if not files:
+def write_submission(zip_path, predictions):
+    """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names
+    of the files that it lacks. The same predictions give the same bytes. If any is wrong, none is written."""
+    texts = {}
+    for (name, split), values in predictions.items():
+        if (name, split) not in SUBMISSION.values():
+            raise InputError(f"GLUE's server takes no predictions for {name}, {split}")
+        task, values = TASKS[name], as_numbers(TASKS[name], values, "predictions")
+        if len(values) != task.rows[split]:
+            raise InputError(f"{len(values)} predictions for {name}, {split}: GLUE's server expects "
+                             f"{task.rows[split]}, one for each row of the published file")
+        if task.labels:
+            words = [task.labels[int(value)] for value in values]
+        else:
+            words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
+        rows = [f"{index}\t{word}\n" for index, word in enumerate(words)]
+        texts[name, split] = "index\tprediction\n" + "".join(rows)
+    if not texts:
         raise InputError("there are no predictions to submit: train at least one GLUE task first")
     with atomic_write(Path(zip_path)) as target, zipfile.ZipFile(target, "w") as archive:
-        for name in SUBMISSION:
-            if name in files:
-                member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+        for name, key in SUBMISSION.items():
+            if key in texts:
+                member = zipfile.ZipInfo(name)    # dated 1980, so that the bytes are the same every time
                 member.external_attr = 0o644 << 16
-                archive.writestr(member, "\n".join(files[name]) + "\n", zipfile.ZIP_DEFLATED)
-    return [name for name in SUBMISSION if name not in files]
+                archive.writestr(member, texts[key], zipfile.ZIP_DEFLATED)
+    return [name for name, key in SUBMISSION.items() if key not in texts]

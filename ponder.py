@@ -1,7 +1,7 @@
 """PALBERT (Balagansky and Gavrilov, NeurIPS 2022): an encoder that learns after which layer to stop.
 
-This file follows section 3 of the paper from top to bottom: the distribution over exit layers, its prior, the
-losses, the exit rules, and the model with two loops: `forward` through every layer, and `predict`, which stops.
+This file follows section 3 of the paper: the distribution over exit layers, its prior, the losses, the exit
+rules, and the model with two loops: `forward` through every layer, and `predict`, which stops.
 
     B batch   T tokens   H hidden   L layers (the paper's n)   C classes, 1 for regression
     h  hidden states after a layer       lam  lambda_i, the probability to stop at layer i once it is reached
@@ -53,7 +53,7 @@ def kl_divergence(p, q):
 
 def layer_losses(logits, labels):
     """-log p(y|x,i), or (y - y_i)^2 for C = 1; logits (B,L,C), labels (B,) int64 or float -> (B,L)"""
-    logits = at_least_float32(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[2] == 1:
         return (logits[..., 0] - labels[:, None]) ** 2
     labels = labels[:, None].expand(-1, logits.shape[1])                # (B,L)
@@ -63,15 +63,16 @@ def layer_losses(logits, labels):
 def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
     """-E_{i ~ p(i|x)} [log p(y|x,i)] + beta * KL(p(.|x) || p(.|lam_p))   (Eq. 1, negated; the batch's mean)
 
-    logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,), beta >= 0 -> loss (), and a dict of parts
-    without gradient: task and kl, whose weighted sum the loss is; expected_layer, the mean of sum_i i p_i; and
-    cut_at_1, the share of rows cut at layer 1, whose lambdas get no gradient. Where C = 1, -log p is (y - y_i)^2.
+    logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,), beta >= 0 -> loss (), and its parts by
+    name: task, kl, expected_layer, the mean of sum_i i p_i, and cut_at_1, the share of rows cut at layer 1,
+    whose lambdas get no gradient. Where C = 1, -log p is (y - y_i)^2.
 
-    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. That leaves
-    a model of j layers, so layer j takes what remains of p and of the prior, as layer L does without a cut: KL
-    has no gradient where lambda is the prior's. Were the prior not folded, training would walk away from it.
+    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. What
+    is left is a model of j layers: layer j takes what remains of p and of the prior, as layer L does
+    elsewhere. So KL has no gradient where lambda is the prior's; were the prior not folded, training would
+    walk away.
     """
-    L, lam = logits.shape[1], at_least_float32(lam)
+    L, lam = logits.shape[1], lam.to(torch.promote_types(lam.dtype, torch.float32))
     eps = torch.finfo(lam.dtype).eps
     lam = lam.clamp(eps, 1 - eps)                                       # 0 and 1 still have a finite loss
     layers = torch.arange(1, L + 1, device=lam.device)
@@ -96,38 +97,33 @@ def layer_weighted_loss(logits, labels):
 
 
 def berxit_loss(logits, lam, labels):
-    """sum_i CE_i + sum_i (lam_i - u_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty that layer i is right.
+    """sum_i CE_i + sum_i (lam_i - u_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty of layer i.
 
-    u_i, without gradient, is 1 where it is right, else 0; 1 - tanh|y - y_i| for regression. Gives what the others do.
+    u_i, without gradient, is 1 where layer i is right, else 0; for regression it is 1 - tanh|y - y_i|.
     """
     if logits.shape[2] == 1:
         right = 1 - torch.tanh(layer_losses(logits.detach(), labels).sqrt())        # (B,L)
     else:
         right = (logits.argmax(2) == labels[:, None]).float()                       # (B,L)
     task = layer_losses(logits, labels).sum(1).mean()
-    certainty = ((at_least_float32(lam) - right) ** 2).sum(1).mean()
+    certainty = ((lam - right) ** 2).sum(1).mean()
     return task + certainty, {"task": task.detach(), "certainty": certainty.detach()}
 
 
 def expected_prediction(logits, p):
     """sum_i p(i|x) * softmax(logits_i), or sum_i p(i|x) * y_i   (section 4.1); (B,L,C), (B,L) -> (B,C)"""
-    if logits.shape[-1] > 1:
-        logits = logits.softmax(-1)
-    return (p[..., None] * logits).sum(1)
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return (p[..., None] * (logits.softmax(-1) if logits.shape[-1] > 1 else logits)).sum(1)
 
 
 # ---- exit rules ----
-# start(B, L, device) gives a rule's state, a tuple of tensors with rows first; step(state, i, lam, logits) gives the
-# next state and done (B,) bool, for i (B,) int64, the layer that each row has reached, lam (B,), logits (B,C). So a
-# few lines serve arrays of full depth, batches that shrink, and rows at different layers. The last layer ends every
-# row, whatever the rule. A rule that cannot stop before some layer says so in `earliest`, for speed.
+# start(B, L, device) gives a rule's state, a tuple of tensors, rows first; step(state, i, lam, logits) gives
+# the next state and done (B,) bool, for i (B,) int64, the layer that each row has reached, lam (B,), logits
+# (B,C). So a few lines serve arrays of full depth, shrinking batches, and rows at different layers. The last
+# layer ends every row. A rule that cannot stop before some layer says so in `earliest`: no one need look
+# before it.
 
 class QExit:
-    """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], 1 never stops early."""
+    """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], 1 is layer L."""
 
     def __init__(self, q):
         if not 0 < q <= 1:
@@ -144,7 +140,7 @@ class QExit:
 
 
 class SampleExit:
-    """Stop at layer i with probability lam_i   (PonderNet): where u_i < lam_i, with u (B,L) drawn once in start()."""
+    """Stop at layer i with probability lam_i   (PonderNet): where u_i < lam_i, u (B,L) drawn in start()."""
 
     def __init__(self, generator):
         self.generator = generator
@@ -238,11 +234,11 @@ def exit_layers(rule, logits, lam):
 # ---- the model ----
 
 class LambdaHead(nn.Module):
-    """lam_i = sigmoid(MLP([h_i, h_{i-1}]))   (section 3.2), on the tanh-pooled first token; gives lam_i's logit.
+    """lam_i = sigmoid(MLP([h_i, h_{i-1}]))   (section 3.2), on tanh-pooled first tokens; gives lam_i's logit.
 
-    3 layers are three Linear(n,n) with tanh and a Linear(n,1); 1 is the Linear(n,1) alone. n is 2H with concat;
-    without, n is H, and h_i alone is read (PonderNet). The last bias starts at logit(prior), so that p starts at
-    about the prior, where no layer is cut off from the gradient.
+    3 layers are three Linear(n,n) with tanh and a Linear(n,1), 1 is the Linear(n,1) alone; n is 2H with
+    concat; else h_i alone is read, and n is H (PonderNet). The last bias starts at logit(prior), so p starts
+    near the prior, and no layer is cut off from the gradient.
     """
 
     def __init__(self, hidden_size, num_layers=3, concat=True, prior=0.1, dropout=0.1):
@@ -279,8 +275,8 @@ class Ponder(nn.Module):
         self.encoder, self.num_labels, self.dropout = encoder, num_labels, dropout
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         if self.num_layers < 1 or (self.num_layers != encoder.num_layers and not encoder.shared):
-            raise ValueError(f"{self.num_layers} layers asked of an encoder that has {encoder.num_layers}; only "
-                             "one whose layers share their weights can run another number, from 1 up")
+            raise ValueError(f"{self.num_layers} layers asked of an encoder that has {encoder.num_layers}; "
+                             "only one whose layers share their weights can run another number, from 1 up")
         H = encoder.hidden_size
         heads = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
         for linear in heads:
@@ -304,17 +300,15 @@ class Ponder(nn.Module):
                 logits = torch.einsum("...nh,nch->...nc", x, weight) + bias
             if self.lambda_head is None:
                 return logits, torch.zeros_like(pooled[..., 0])
-            return logits, at_least_float32(self.lambda_head(pooled, previous)).sigmoid()
+            return logits, self.lambda_head(pooled, previous).sigmoid()
 
     def forward(self, ids, mask, segments):
-        """Every layer: ids, segments (B,T) int64, mask (B,T) bool, True = real -> logits (B,L,C), lam (B,L)"""
+        """Every layer: ids, segments (B,T) int64, mask (B,T) True = a token -> logits (B,L,C), lam (B,L)"""
         B, L = len(ids), self.num_layers
         h, firsts = self.encoder.embed(ids, segments), []               # (B,T,H)
+        last_layer = getattr(self.encoder, "first", self.encoder.layer)     # only its first token is read
         for i in range(1, L + 1):
-            if i < L:
-                h = self.encoder.layer(i, h, mask)                      # (B,T,H)
-            else:
-                h = fast.first(self.encoder, i, h, mask)                # (B,1,H): no one reads its other tokens
+            h = self.encoder.layer(i, h, mask) if i < L else last_layer(i, h, mask)         # (B,T,H)
             firsts.append(h[:, 0])                                      # (B,H)
         firsts = torch.stack(firsts, 1).flatten(0, 1)[:, None]          # (BL,1,H): all layers at once
         pooled = self.encoder.pool(firsts).unflatten(0, (B, L))         # (B,L,H)
@@ -323,7 +317,7 @@ class Ponder(nn.Module):
 
     @torch.no_grad()
     def predict(self, ids, mask, segments, rule):
-        """Early exit: a row that stops leaves the batch. Inputs of forward -> logits (B,C), layers (B,) in 1..L"""
+        """Early exit: a row that stops leaves the batch. Arguments of forward -> logits (B,C), layers (B,)"""
         B, L = len(ids), self.num_layers
         rows, state = torch.arange(B, device=ids.device), rule.start(B, L, ids.device)
         answers, layers = torch.zeros(B, self.num_labels, device=ids.device), torch.zeros_like(rows)

@@ -1,384 +1,368 @@
-"""From text to ids: ALBERT's SentencePiece and RoBERTa's byte-level BPE, each equal to the slow tokenizer of transformers."""
+"""From text to ids: ALBERT's SentencePiece, RoBERTa's byte-level BPE and BERT's WordPiece.
 
+The ids are those of the slow tokenizers of transformers 4.57.6 (its fast ones give others), but for one
+thing: the string of a special token, such as "[SEP]", is plain text in a text.
+"""
+
+import contextlib
 import functools
 import gc
 import io
+import itertools
 import json
 import os
 import random
 import re
-import sys
-import unicodedata
-from heapq import heapify, heappop, heappush
 from pathlib import Path
+from unicodedata import category, combining, normalize
 
 import sentencepiece
 
-from checkpoint import InputError, atomic_write
+from checkpoint import InputError, atomic_write, read_json
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+# ---- until these come from checkpoint.py ----
+
+def shorten(value):
+    return value if len(value) <= 80 else value[:77] + "..."
 
 
-# Tokenizers -----------------------------------------------------------------------------------------------------------
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_REPLACEMENT = "\ufffd"
-_NOT_ASCII = re.compile("[^\0-\x7f]+")
+_short = shorten    # glue.py's
 
 
-def _join(start: int, middle: list[int], end: int, segment_b: int, a: list[int], b: list[int] | None, max_length: int):
-    """start A end, or start A middle B end, cut to max_length: token by token from the end of the longer of A and B, of
-    B on a tie. `segment_b` is the segment of B and of the end after it. -> ids, segments"""
-    special = 2 if b is None else 2 + len(middle)
-    room = max_length - special
-    if room < 0:
-        raise InputError(f"max_length is {max_length}: expected at least {special}, the number of special tokens")
-    if b is None:
-        ids = [start, *(a if len(a) <= room else a[:room]), end]
-        return ids, [0] * len(ids)
-    if len(a) + len(b) > room:
+def check(good, reason):
+    if not good:
+        raise ValueError(reason)
+
+
+@contextlib.contextmanager
+def guard(path, what):
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"{path}: not a whole {what} ({shorten(str(error))}); get it again") from error
+
+
+# ---- what the three share ----
+
+class Tokenizer:
+    """vocab_size is the largest id + 1; pad_id, cls_id, sep_id and unk_id are the ids of special tokens."""
+    separators, segment_b = 1, 1    # separators between A and B, and the segment of B
+    obeyed = {}    # the settings of tokenizer_config.json that the class follows, with their defaults
+    fixed = {}     # others that change the ids, with the only value that it knows
+
+    def set_vocabulary(self, ids):
+        """Takes a dict of the ids by piece. Raises ValueError where a special token has none."""
+        for piece in self.special[:4]:    # the fifth, for masked words, is not needed
+            check(piece in ids, f"it has no piece {piece}")
+        self.cls_id, self.sep_id, self.pad_id, self.unk_id = [ids[piece] for piece in self.special[:4]]
+        self.pieces = {index: piece for piece, index in ids.items()}
+        self.vocab_size = max(self.pieces) + 1
+        # What a text can become: never a separator or padding, whatever is written in it.
+        self.ids = {piece: index for piece, index in ids.items() if piece not in self.special}
+
+    def encode(self, a, b=None, max_length=128):
+        """Returns (ids, segments) of the text a, or of the pair a, b ("" is a text), cut to max_length.
+
+        ALBERT, BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segment 1 for B [SEP] and else 0. RoBERTa:
+        <s> A </s> or <s> A </s></s> B </s>, with segment 0. The longer text, B if both are equal, loses its
+        last token until all fit. A lone surrogate is U+FFFD. InputError if not even the special tokens fit.
+        """
+        return self.encode_all([(a, b)], max_length)[0]
+
+    def encode_all(self, examples, max_length=128):
+        """encode() of each (text, None) or (text_a, text_b); further fields do not count."""
+        examples, texts = list(examples), []
+        for example in examples:
+            if isinstance(example, str):
+                raise TypeError(f"expected examples like (text, None), found the string '{shorten(example)}'")
+            texts += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in example[:2] if text is not None]
+        collecting = gc.isenabled()
+        gc.disable()    # no new list is garbage, and looking for some takes as long as all the rest
+        try:
+            ids = iter(self.texts_ids(texts))
+            return [self.join(next(ids), None if b is None else next(ids), max_length)
+                    for _, b, *_ in examples]
+        finally:
+            if collecting:
+                gc.enable()
+
+    def texts_ids(self, texts):
+        """The ids of each text, word by word: word_ids() remembers the words that it has had."""
+        return [[index for word in self.words(text) for index in self.word_ids(word)] for text in texts]
+
+    def join(self, a, b, max_length):
+        special = 2 if b is None else 2 + self.separators
+        room = max_length - special
+        if room < 0:
+            raise InputError(f"max_length is {max_length}: expected at least {special}, the special tokens")
+        if b is None:
+            ids = [self.cls_id, *a[:room], self.sep_id]
+            return ids, [0] * len(ids)
         keep_b = min(len(b), max(room // 2, room - len(a)))
-        a, b = a[:room - keep_b], b[:keep_b]
-    ids = [start, *a, *middle, *b, end]
-    first = 1 + len(a) + len(middle)
-    return ids, [0] * first + [segment_b] * (len(ids) - first)
+        ids = [self.cls_id, *a[:room - keep_b], *[self.sep_id] * self.separators, *b[:keep_b], self.sep_id]
+        return ids, [0] * (len(ids) - keep_b - 1) + [self.segment_b] * (keep_b + 1)
+
+    def tokens(self, ids):
+        """The pieces of the ids, as the vocabulary spells them."""
+        return [self.pieces.get(int(index), self.pieces[self.unk_id]) for index in ids]
+
+    def save(self, folder):
+        """Writes the files that were read, byte for byte, and a tokenizer_config.json if it is needed."""
+        files = dict(self.files)
+        if self.settings != self.obeyed:
+            files["tokenizer_config.json"] = json.dumps(self.settings).encode()
+        for name, data in files.items():
+            with atomic_write(Path(folder) / name) as file:
+                file.write(data)
 
 
-def _join_all(ids_of_texts, examples, max_length: int, join):
-    """Every text of the examples goes through `ids_of_texts` in one call, and then `join` makes one input of each
-    row."""
-    collecting = gc.isenabled()
-    gc.disable()    # many new lists and no cycle among them: to look for one again and again takes as long as the work
-    try:
-        ids_a = ids_of_texts([example[0] for example in examples])
-        ids_b = iter(ids_of_texts([example[1] for example in examples if example[1] is not None]))
-        return [join(a, None if example[1] is None else next(ids_b), max_length) for a, example in zip(ids_a, examples)]
-    finally:
-        if collecting:
-            gc.enable()
+# ---- ALBERT ----
+
+class AlbertTokenizer(Tokenizer):
+    """SentencePiece over cleaned text."""
+    special = ("[CLS]", "[SEP]", "<pad>", "<unk>", "[MASK]")
+    obeyed = {"do_lower_case": True, "keep_accents": False}
+    fixed = {"remove_space": True, "sp_model_kwargs": {}}
+
+    def __init__(self, model_file, lower_case=True, keep_accents=False):
+        self.model_file, self.model = model_file, sentencepiece.SentencePieceProcessor()
+        self.settings = {"do_lower_case": lower_case, "keep_accents": keep_accents}
+        with guard(model_file, "SentencePiece model"):
+            self.files = {"spiece.model": Path(model_file).read_bytes()}
+            self.model.LoadFromSerializedProto(self.files["spiece.model"])
+            self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
+            # SentencePiece's own ids are right but for these.
+            self.odd = {index for index, piece in self.pieces.items() if self.piece_ids(piece) != [index]}
+            self.odd.add(self.unk_id)
+
+    def texts_ids(self, texts):
+        texts = [clean(text, **self.settings) for text in texts]
+        with guard(self.model_file, "SentencePiece model"):    # some damage shows only here
+            ids_of_texts = self.model.encode(texts)
+            for n, ids in enumerate(ids_of_texts):
+                if not self.odd.isdisjoint(ids):
+                    pieces = self.model.encode(texts[n], out_type=str)
+                    ids_of_texts[n] = [index for piece in pieces for index in self.piece_ids(piece)]
+        return ids_of_texts
+
+    def piece_ids(self, piece):
+        """The ids of a piece. One like "▁3," is cut: its digits are encoded anew, and the comma follows."""
+        parts = [piece]
+        if piece.endswith(",") and piece[-2:-1].isdigit():
+            parts = [*self.model.encode(piece[:-1].replace("▁", ""), out_type=str), ","]
+            if not piece.startswith("▁"):
+                parts[0] = parts[0].removeprefix("▁")
+        return [self.ids.get(part, self.unk_id) for part in parts if part]
 
 
-class AlbertTokenizer:
-    """ALBERT's SentencePiece tokenizer, equal to the slow AlbertTokenizer of transformers 4.57.6 (not to the
-    fast ones, which differ). Special-token strings in a text are plain text. A file that is no such model raises InputError."""
-
-    def __init__(self, model_file: str | Path):
-        self.model_file = Path(model_file)
-        self._model = _read_bytes(self.model_file)
-        try:
-            self._sp = sentencepiece.SentencePieceProcessor()
-            self._sp.LoadFromSerializedProto(self._model)
-            self.vocab_size = self._sp.get_piece_size()
-            pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
-        except (RuntimeError, ValueError) as error:    # ValueError: a piece that is not UTF-8
-            raise InputError(f"{self.model_file} is not a whole SentencePiece model ({_short(str(error))}): fetch it "
-                             "again") from None
-        self.pad_id, self.unk_id = self._special("<pad>"), self._sp.unk_id()
-        self.cls_id, self.sep_id = self._special("[CLS]"), self._special("[SEP]")
-        # "3," is one piece where text has it so, but Google's tokenizer wants the comma by itself: these ids are
-        # replaced.
-        self._split_ids = {i: self._split(piece) for i, piece in enumerate(pieces) if _ends_in_digit_comma(piece)}
-        # Ids say too little about an unknown piece (it may end in a digit and a comma itself), so its text is done by
-        # pieces.
-        self._odd = frozenset(self._split_ids) | {self.unk_id}
-        self._join = functools.partial(_join, self.cls_id, [self.sep_id], self.sep_id, 1)
-
-    def _encode(self, texts, out_type: type = int):
-        try:
-            return self._sp.encode(texts, out_type=out_type)
-        except (RuntimeError, ValueError) as error:    # damage that loading cannot see, such as in its normalizer
-            raise InputError(f"{self.model_file} is damaged ({_short(str(error))}): fetch it again") from None
-
-    def _special(self, piece: str) -> int:
-        index = self._sp.piece_to_id(piece)
-        if index == self._sp.unk_id():
-            raise InputError(f"{self.model_file} has no piece {piece}: expected ALBERT's spiece.model, fetch it again")
-        return index
-
-    def _split(self, piece: str) -> list[int]:
-        """The ids of a piece like "▁3,": its digits encoded anew (with ▁ only if it had one), then the comma."""
-        parts = self._encode(piece[:-1].replace("▁", ""), str)
-        if not piece.startswith("▁") and parts and parts[0].startswith("▁"):
-            parts = parts[1:] if parts[0] == "▁" else [parts[0][1:], *parts[1:]]
-        return [self._sp.piece_to_id(part) for part in [*parts, ","]]
-
-    def _mend(self, text: str, ids: list[int]) -> list[int]:
-        """The ids of a clean text as the reference has them, from SentencePiece's, in which some are odd."""
-        if self.unk_id not in ids:
-            for at in [at for at, i in enumerate(ids) if i in self._split_ids][::-1]:
-                ids[at:at + 1] = self._split_ids[ids[at]]
-            return ids
-        mended = []
-        for i, piece in zip(ids, self._encode(text, str)):
-            if i != self.unk_id:
-                mended += self._split_ids.get(i, (i,))
-            elif _ends_in_digit_comma(piece):
-                mended += self._split(piece)
-            else:
-                mended.append(self._sp.piece_to_id(piece))    # unknown, or the string of a special token
-        return mended
-
-    def _text_ids(self, text: str) -> list[int]:
-        text = _clean(text)
-        ids = self._encode(text)
-        return ids if self._odd.isdisjoint(ids) else self._mend(text, ids)
-
-    def _texts_ids(self, texts: list[str]) -> list[list[int]]:
-        texts = [_clean(text) for text in texts]
-        odd = self._odd
-        return [ids if odd.isdisjoint(ids) else self._mend(text, ids) for text, ids in zip(texts, self._encode(texts))]
-
-    def encode(self, a: str, b: str | None = None, max_length: int = 128) -> tuple[list[int], list[int]]:
-        """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] of at most max_length tokens -> ids, segments (0 for A, 1 for B)."""
-        return self._join(self._text_ids(a), None if b is None else self._text_ids(b), max_length)
-
-    def encode_all(self, examples, max_length: int = 128) -> list[tuple[list[int], list[int]]]:
-        """encode() of every example (only its first two fields count), faster than one by one."""
-        return _join_all(self._texts_ids, examples, max_length, self._join)
-
-    def tokens(self, ids) -> list[str]:
-        """The pieces of the ids, for people to read."""
-        return [self._sp.id_to_piece(int(i)) for i in ids]
-
-    def save(self, folder: str | Path) -> None:
-        """Writes FOLDER/spiece.model, byte for byte the model that was read."""
-        _write(folder, "spiece.model", self._model)
+def clean(text, do_lower_case=True, keep_accents=False):
+    """ALBERT's text before SentencePiece: single spaces, `` and '' as ", NFKD without marks, lower case."""
+    text = " ".join(text.split()).replace("``", '"').replace("''", '"')
+    if do_lower_case and not text.isascii():
+        # The reference does this to each character by itself, so no sigma becomes a final one.
+        text = "".join([c.lower() for c in text])
+    if not keep_accents and not text.isascii():
+        # By itself as well: normalize() takes quadratic time to sort marks, and they are dropped.
+        text = "".join([normalize("NFKD", c) for c in text])
+        text = "".join([c for c in text if not combining(c)])
+    return text.lower() if do_lower_case else text
 
 
-def _clean(text: str) -> str:
-    """ALBERT's text before SentencePiece: single spaces, `` and '' -> ", NFKD without combining marks, lower case."""
-    plain = text.isascii()
-    if plain and text.isprintable() and "  " not in text:
-        text = text.strip(" ")    # the same as the line below and, for most texts, cheaper
-    else:
-        text = " ".join(text.split())
-    if "`" in text or "'" in text:
-        text = text.replace("``", '"').replace("''", '"')
-    if not plain:
-        # The reference lowers character by character before this, so no capital sigma sees that it ends a word.
-        text = _NOT_ASCII.sub(_plain, text.replace("Σ", "σ"))
-    return text.lower()
+def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
+    """Trains a SentencePiece model with ALBERT's special ids, writes FOLDER/spiece.model -> AlbertTokenizer.
 
-
-def _plain(run: re.Match) -> str:
-    """NFKD without combining marks. ASCII is its own NFKD and nothing combines across it, so run by run is exact."""
-    text = unicodedata.normalize("NFKD", run[0])
-    return _SURROGATES.sub(_REPLACEMENT, "".join([c for c in text if not unicodedata.combining(c)]))
-
-
-def _ends_in_digit_comma(piece: str) -> bool:
-    return len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from None
-
-
-def _write(folder: str | Path, name: str, data: bytes) -> Path:
-    path = Path(folder) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made ({error.strerror}): name another") from None
-    with atomic_write(path) as file:
-        file.write(data)
-    return path
-
-
-def train_tokenizer(texts, folder: str | Path, vocab_size: int = 8000, seed: int = 0) -> AlbertTokenizer:
-    """Trains a SentencePiece model with ALBERT's special ids on the texts (a sample of them, if there are very many)
-    and writes FOLDER/spiece.model. Where the texts have too little in them for vocab_size pieces, there are fewer. The
-    same texts and seed give the same model.
-
-    The model is of the kind "bpe": SentencePiece's unigram trainer, which ALBERT used, counts every different word
-    once, and so makes no piece of a word that is not part of a longer one; on `parity` it spells nearly letter by
-    letter."""
+    The same texts and seed give the same model, with fewer than vocab_size pieces if there is little in them.
+    It is of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one.
+    """
     texts = list(texts)
     if len(texts) > 100_000:
         texts = random.Random(seed).sample(texts, 100_000)
-    texts = [text for text in map(_clean, texts) if text]
-    if not texts:
-        raise InputError("there is no text to train a tokenizer on: expected at least one row that is not empty")
-    model = io.BytesIO()
+    texts, model = [text for text in map(clean, texts) if text], io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, normalization_rule_name="identity", character_coverage=0.9999, num_threads=1,
-            pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", control_symbols=["[CLS]", "[SEP]", "[MASK]"],
-            minloglevel=2)
+            hard_vocab_limit=False, normalization_rule_name="identity", character_coverage=0.9999,
+            num_threads=1, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>",
+            control_symbols=["[CLS]", "[SEP]", "[MASK]"])
     except RuntimeError as error:
         raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts "
-                         f"({_short(str(error))}): use more text or another size") from None
-    return AlbertTokenizer(_write(folder, "spiece.model", model.getvalue()))
+                         f"({shorten(str(error))}): use more text or another size") from None
+    path = Path(folder) / "spiece.model"
+    with atomic_write(path) as file:
+        file.write(model.getvalue())
+    return AlbertTokenizer(path)
 
 
-# Letters and numbers that came to Unicode after version 14 (Python 3.11's), up to the newest: with them the classes
-# below are the same under every Python. (Hexadecimal, as FROM-TO.)
-_NEW_LETTERS = (
-    "558 58b-58c 88f c5c cdc 1c89-1c8a 208f 209d-209f a7cb-a7cf a7d2 a7d4 a7da-a7dd a7e2 a7f1 ab6c-ab6d 105c0-105f3 "
-    "107bb-107bf 10940-10959 10d4a-10d65 10d6f-10d85 10ec2-10ec7 10ed9-10eee 1123f-11240 11380-11389 1138b 1138e "
-    "11390-113b5 113b7 113d1 113d3 11b0a 11bc0-11be0 11db0-11ddb 11df1 11f02 11f04-11f10 11f12-11f33 1342f "
-    "13441-13446 13460-143fa 16100-1611d 16d40-16d6c 16ea0-16eb8 16ebb-16ed3 16ff2-16ff3 187f8-187ff 18cd6-18cda "
-    "18cff 18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b132 1b155 1b168 1d6a6 1df1f-1df81 "
-    "1df90-1df96 1dfcd-1dfff 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 "
-    "1e6e7-1e6ed 1e6f0-1e6f4 1e6fe-1e6ff 2b739-2b73f 2b81e 2cea2-2cead 2ebf0-2ee5d 31350-33479 3d000-3fc3f")
-_NEW_NUMBERS = (
-    "10d40-10d49 116d0-116e3 11bf0-11bf9 11de0-11de9 11f50-11f59 1246f 12475-1247f 12550-12686 16130-16139 "
-    "16d70-16d79 16ff4-16ff6 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa")
+# ---- RoBERTa ----
+
+# GPT-2's pattern, in ASCII, for `re` has no class of all letters or all numbers; ascii_like() does the rest.
+WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+MAX_HOLES = 10    # ids that vocab.json may leave out; RoBERTa's of 2019 leaves out 3
 
 
-@functools.lru_cache(maxsize=1)
-def _word_pattern() -> re.Pattern:
-    """How GPT-2 cuts text into words, for `re`, which knows no \\p{L}, and whose \\s has U+001C to U+001F besides
-    White_Space."""
-    def ranges(kind: str, new: str) -> str:
-        points = {c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] == kind}
-        for span in new.split():
-            first, _, last = span.partition("-")
-            points.update(range(int(first, 16), int(last or first, 16) + 1))
-        starts = sorted(c for c in points if c - 1 not in points)
-        ends = sorted(c for c in points if c + 1 not in points)
-        return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in zip(starts, ends))
-    letter, number = ranges("L", _NEW_LETTERS), ranges("N", _NEW_NUMBERS)
-    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return re.compile(f"'s|'t|'re|'ve|'m|'ll|'d| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+"
-                      f"|[{space}]+(?![^{space}])|[{space}]+")
+class RobertaTokenizer(Tokenizer):
+    """Byte-level BPE: the bytes of each word, as symbols, are merged in the order of merges.txt."""
+    special = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
+    separators, segment_b = 2, 0
+    fixed, settings = {"add_prefix_space": False}, {}
+
+    def __init__(self, vocab_json, merges_txt):
+        with guard(vocab_json, "vocab.json"):
+            self.files = {"vocab.json": Path(vocab_json).read_bytes()}
+            ids = read_json(vocab_json)
+            numbers = {index for index in ids.values() if type(index) is int}
+            good = len(numbers) == len(ids) and min(numbers) == 0 and max(numbers) < len(ids) + MAX_HOLES
+            check(good, f"its ids do not number its pieces from 0 on, with at most {MAX_HOLES} left out")
+            self.set_vocabulary(ids)
+        with guard(merges_txt, "merges.txt"):
+            self.files["merges.txt"] = Path(merges_txt).read_bytes()
+            first, *lines, last = self.files["merges.txt"].decode("utf-8").split("\n")
+            pairs = [tuple(line.removesuffix("\r").split(" ")) for line in lines]
+            check(first.startswith("#version") and last == "", "it has no #version or breaks off")
+            good = all([len(pair) == 2 and "".join(pair) in ids for pair in pairs])
+            check(good, "a line does not merge two pieces into one of vocab.json")
+        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        # A byte is written as itself where that can be seen, else as one of the characters from U+0100 on.
+        visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, map(chr, range(256, 512))
+        self.symbols = [chr(byte) if byte in visible else next(others) for byte in range(256)]
+        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
+
+    def words(self, text):
+        if text.isascii():
+            return WORDS.findall(text)
+        return [text[slice(*match.span())] for match in WORDS.finditer("".join(map(ascii_like, text)))]
+
+    def word_ids(self, word):
+        pieces = merge([self.symbols[byte] for byte in word.encode("utf-8")], self.ranks)
+        return [self.ids.get(piece, self.unk_id) for piece in pieces]
 
 
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in vocab.json and merges.txt: itself, or one from U+0100 on."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+def ascii_like(c):
+    """A character of ASCII of the same kind for WORDS: letter, number, white space or another."""
+    if c.isascii():
+        return c
+    if category(c)[0] == "L":
+        return "a"
+    if category(c)[0] == "N":
+        return "0"
+    return "\n" if c.isspace() else "!"
 
 
-class RobertaTokenizer:
-    """RoBERTa's byte-level BPE, equal to the slow RobertaTokenizer of transformers 4.57.6, save that special-token
-    strings in a text are plain text. Segments are 0 throughout: the type vocabulary has one entry. Damaged files raise
-    InputError."""
+def merge(pieces, ranks):
+    """Byte pair encoding: time and again, the pair of neighbours of the lowest rank is merged all over."""
+    while len(pieces) > 1:
+        pair = min(set(zip(pieces, pieces[1:])), key=lambda pair: ranks.get(pair, float("inf")))
+        if pair not in ranks:
+            break
+        a, b = pair    # spaces on both sides of each piece make the merge a replacement of text
+        pieces = "".join([f" {piece} " for piece in pieces]).replace(f" {a}  {b} ", f" {a}{b} ").split()
+    return pieces
 
-    def __init__(self, vocab_json: str | Path, merges_txt: str | Path):
-        self._vocab_bytes, self._merges_bytes = _read_bytes(Path(vocab_json)), _read_bytes(Path(merges_txt))
-        self._vocab = _parse_vocab(self._vocab_bytes, vocab_json)
-        self._ranks = _parse_merges(self._merges_bytes, merges_txt, self._vocab)
-        self._pieces = {index: piece for piece, index in self._vocab.items()}
-        self.vocab_size = max(self._pieces) + 1
-        self.cls_id, self.pad_id, self.sep_id, self.unk_id = (self._vocab[s] for s in ("<s>", "<pad>", "</s>", "<unk>"))
-        self._symbols = _byte_symbols()
-        self._words, self._cache = _word_pattern().findall, {}
-        self._join = functools.partial(_join, self.cls_id, [self.sep_id, self.sep_id], self.sep_id, 0)
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = []
-        for word in self._words(text):
-            known = self._cache.get(word)
-            if known is None:
-                known = self._word_ids(word)
-                if len(word) <= 50:
-                    if len(self._cache) >= 100_000:
-                        self._cache.clear()
-                    self._cache[word] = known
-            ids += known
+# ---- BERT ----
+
+CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+                     "\U0002f800-\U0002fa1f]")
+
+
+class BertTokenizer(Tokenizer):
+    """WordPiece: the longest pieces of each word, from left to right."""
+    special = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
+    obeyed = {"do_lower_case": True}
+    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": [],
+             "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+
+    def __init__(self, vocab_txt, lower_case=True):
+        self.settings = {"do_lower_case": lower_case}
+        with guard(vocab_txt, "vocab.txt"):
+            self.files = {"vocab.txt": Path(vocab_txt).read_bytes()}
+            *lines, last = self.files["vocab.txt"].decode("utf-8").split("\n")
+            ids = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
+            check(len(ids) == len(lines) and last == "", "it has a piece twice or breaks off within a line")
+            self.set_vocabulary(ids)
+        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
+
+    def words(self, text):
+        return text.split(" ")    # none of the steps of word_ids() looks beyond a space
+
+    def word_ids(self, word):
+        """The ids of a text without spaces."""
+        text = [c for c in word if c in "\t\n\r" or (category(c)[0] != "C" and c != "\ufffd")]
+        if self.settings["do_lower_case"]:
+            text = [c for c in ordered("".join([c.lower() for c in text])) if category(c) != "Mn"]
+        else:
+            text = normalize("NFC", ordered(text))
+        words = "".join([f" {c} " if is_word(c) else c for c in text]).split()
+        return [index for word in words for index in self.longest_pieces(word)]
+
+    def longest_pieces(self, word):
+        if len(word) > 100:
+            return [self.unk_id]
+        ids, start = [], 0
+        while start < len(word):
+            prefix = "##" if start > 0 else ""
+            end = len(word)
+            while end > start and prefix + word[start:end] not in self.ids:
+                end -= 1
+            if end == start:
+                return [self.unk_id]
+            ids.append(self.ids[prefix + word[start:end]])
+            start = end
         return ids
 
-    def _texts_ids(self, texts: list[str]) -> list[list[int]]:
-        return [self._text_ids(text) for text in texts]
 
-    def _word_ids(self, word: str) -> list[int]:
-        data = _SURROGATES.sub(_REPLACEMENT, word).encode("utf-8")
-        pieces = _merge([self._symbols[byte] for byte in data], self._ranks)
-        return [self._vocab.get(piece, self.unk_id) for piece in pieces]
-
-    def encode(self, a: str, b: str | None = None, max_length: int = 128) -> tuple[list[int], list[int]]:
-        """<s> A </s> or <s> A </s></s> B </s> of at most max_length tokens -> ids, segments (all 0)."""
-        return self._join(self._text_ids(a), None if b is None else self._text_ids(b), max_length)
-
-    def encode_all(self, examples, max_length: int = 128) -> list[tuple[list[int], list[int]]]:
-        """encode() of every example (only its first two fields count)."""
-        return _join_all(self._texts_ids, examples, max_length, self._join)
-
-    def tokens(self, ids) -> list[str]:
-        """The pieces of the ids, in the files' own spelling (Ġ is a space)."""
-        return [self._pieces.get(int(i), "<unk>") for i in ids]
-
-    def save(self, folder: str | Path) -> None:
-        """Writes FOLDER/vocab.json and FOLDER/merges.txt, byte for byte the files that were read."""
-        for name, data in (("vocab.json", self._vocab_bytes), ("merges.txt", self._merges_bytes)):
-            _write(folder, name, data)
+def ordered(text):
+    """NFD in linear time: normalize() orders each run of marks by insertion, so sorted() does it here."""
+    runs = itertools.groupby("".join([normalize("NFD", c) for c in text]), key=lambda c: combining(c) > 0)
+    return "".join([c for _, run in runs for c in sorted(run, key=combining)])
 
 
-def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte pair encoding: as long as any two neighbours have a rank, the pair of lowest rank is merged wherever it
-    stands, from left to right. A heap and a linked list, since one "word" may have 10,000 letters and the plain loop is
-    quadratic."""
-    last = len(pieces) - 1
-    after, before = list(range(1, last + 2)), list(range(-1, last))
-    heap = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in ranks]
-    heapify(heap)
-    while heap:
-        rank, fresh = heap[0][0], []
-        while heap and heap[0][0] == rank:    # all places of this pair come before any pair that arises from it
-            i = heappop(heap)[1]
-            j = after[i]
-            if pieces[i] is None or j > last or ranks.get((pieces[i], pieces[j])) != rank:
-                continue    # an entry whose place has been merged meanwhile
-            pieces[i], pieces[j] = pieces[i] + pieces[j], None
-            after[i] = after[j]
-            if after[i] <= last:
-                before[after[i]] = i
-            fresh += [place for place in (before[i], i) if place >= 0]
-        for i in fresh:
-            j = after[i]
-            if pieces[i] is not None and j <= last and (pieces[i], pieces[j]) in ranks:
-                heappush(heap, (ranks[pieces[i], pieces[j]], i))
-    return [piece for piece in pieces if piece is not None]
+def is_word(c):
+    """Punctuation, which has ASCII's symbols in it for BERT, and ideographs are words of their own."""
+    if c.isascii():
+        return "!" <= c <= "~" and not c.isalnum()
+    return category(c)[0] == "P" or CHINESE.match(c) is not None
 
 
-def _parse_vocab(data: bytes, path: str | Path) -> dict[str, int]:
-    try:
-        vocab = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not whole JSON: expected RoBERTa's vocab.json, so fetch it again") from None
-    ids = list(vocab.values()) if isinstance(vocab, dict) else [None]
-    if not all(type(index) is int for index in ids) or sorted(ids) != list(range(len(ids))):
-        raise InputError(f"{path} does not give every id from 0 on to one piece: it is damaged, so fetch it again")
-    for piece in ("<s>", "<pad>", "</s>", "<unk>"):
-        if piece not in vocab:
-            raise InputError(f"{path} has no piece {piece}: expected RoBERTa's vocab.json, so fetch it again")
-    return vocab
+# ---- from a folder ----
 
-
-def _parse_merges(data: bytes, path: str | Path, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: expected RoBERTa's merges.txt, so fetch it again") from None
-    if not lines[0].startswith("#version"):
-        raise InputError(f"{path} does not begin with #version: expected RoBERTa's merges.txt, so fetch it again")
-    if lines[-1]:
-        raise InputError(f"{path} breaks off in line {len(lines)}: expected a line end there, so fetch it again")
-    ranks = {}
-    for number, line in enumerate(lines[1:-1], 2):
-        pair = tuple(line.removesuffix("\r").split(" "))
-        if len(pair) != 2 or "".join(pair) not in vocab:
-            raise InputError(f"{path}, line {number}, is not a merge of two pieces into one of the vocabulary: the "
-                             "file is damaged or belongs to another vocab.json, so fetch both again")
-        ranks[pair] = number
-    return ranks
-
-
-def load_tokenizer(folder: str | Path) -> AlbertTokenizer | RobertaTokenizer:
-    """The tokenizer whose files are in the folder: spiece.model or 30k-clean.model, or vocab.json with merges.txt."""
+def load_tokenizer(folder):
+    """The tokenizer whose files are in the folder. What tokenizer_config.json and added_tokens.json say of
+    ids is obeyed or an InputError; special_tokens_map.json and tokenizer.json are not read."""
     folder = Path(folder)
-    for name in ("spiece.model", "30k-clean.model"):
-        if os.path.isfile(folder / name):
-            return AlbertTokenizer(folder / name)
-    if os.path.isfile(folder / "vocab.json") and os.path.isfile(folder / "merges.txt"):
-        return RobertaTokenizer(folder / "vocab.json", folder / "merges.txt")
-    raise InputError(f"{folder} has no tokenizer: expected spiece.model or 30k-clean.model (ALBERT), or vocab.json and "
-                     "merges.txt (RoBERTa), so copy them there from where the model came from")
+    for kind, *names in ((AlbertTokenizer, "spiece.model"), (AlbertTokenizer, "30k-clean.model"),
+                         (RobertaTokenizer, "vocab.json", "merges.txt"), (BertTokenizer, "vocab.txt")):
+        if all(os.path.isfile(folder / name) for name in names):
+            return kind(*[folder / name for name in names], *read_settings(folder, kind))
+    raise InputError(f"{folder} has no tokenizer: expected spiece.model or 30k-clean.model (ALBERT), "
+                     "vocab.json and merges.txt (RoBERTa) or vocab.txt (BERT); copy them from its source")
+
+
+def read_settings(folder, kind):
+    """The values of kind.obeyed in the folder. InputError if it asks for ids that the class does not give."""
+    path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = read_json(path) if os.path.isfile(path) else {}
+    tokens = list(read_json(added_path)) if os.path.isfile(added_path) else []
+    fixed = {**kind.fixed, **dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), kind.special))}
+    with guard(path, "tokenizer_config.json"):
+        tokens += settings.get("added_tokens_decoder", {}).values()
+        tokens += settings.get("additional_special_tokens") or []
+        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        for key, value in settings.items():
+            if key in fixed and isinstance(value, dict):
+                settings[key] = value.get("content", value)    # a token may come with its properties
+    obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
+    if kind is BertTokenizer:
+        fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means this
+    odd = [key for key, value in obeyed.items() if type(value) is not bool]
+    odd += [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
+    odd += [str(token) for token in tokens if token not in kind.special]
+    if odd:
+        raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(odd))}, which changes the ids, but "
+                         f"{kind.__name__} does not know how; use a model without that")
+    return obeyed.values()
