@@ -23,6 +23,7 @@ class AlbertConfig:
     Dropout rates are left out on purpose: dropout stands before the heads only, whatever a config.json says.
     """
 
+    model_type = "albert"
     vocab_size: int = 30000
     embedding_size: int = 128
     hidden_size: int = 768
@@ -153,6 +154,8 @@ def start_weights(model, std):
 
 class Albert(nn.Module):
     """Encoder without a head. `shared` is True where layer(i, ...) is the same function for every i."""
+
+    config_class = AlbertConfig
 
     def __init__(self, config):
         super().__init__()

@@ -3,6 +3,7 @@
 L Transformer layers with weights of their own, and the contract of albert.py; letters as in ponder.py.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,11 @@ class Bert(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.pooler = nn.Linear(H, H)
         start_weights(self, config.initializer_range)
+
+    def keep(self, layers):
+        """The encoder of the first layers alone"""
+        self.blocks, self.num_layers = self.blocks[:layers], layers
+        self.config = dataclasses.replace(self.config, num_hidden_layers=layers)
 
     def position_ids(self, ids):
         """ids (B,T) -> the positions 0..T-1 (T,)"""

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -18,7 +17,8 @@ import torch
 
 import albert
 import bert
-from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
+from checkpoint import (InputError, find_model, read_json, read_safetensors, sha256_file, shorten,
+                        write_json)
 from fast import pad
 from glue import answers, buckets, get_task, load, score, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
@@ -211,8 +211,7 @@ def timed(model, work):
 
 # ---- the model of a run ----
 
-ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "bert": (bert.Bert, bert.BertConfig),
-            "roberta": (bert.Roberta, bert.RobertaConfig)}     # by the model_type in config.json
+ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}
 SIZES = {**albert.SIZES, **bert.SIZES}
 
 
@@ -227,44 +226,49 @@ def check(settings):
     if settings.exit not in exits:
         raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
                          + " or ".join(exits))
-    if size is None and not path.exists() and not Path(f"{path}.index").exists():
-        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(SIZES)}")
-    if path.name in bert.SIZES and settings.layers not in (None, size.num_hidden_layers):
+    if path.name not in (*SIZES, "minilm") and not path.exists() and not Path(f"{path}.index").exists():
+        raise InputError(f"--model {path}: expected a folder or file of weights, minilm, or one of "
+                         + ", ".join(SIZES))
+    if path.name in bert.SIZES and (settings.layers or 0) > size.num_hidden_layers:
         raise InputError(f"--layers {settings.layers}: {path} has {size.num_hidden_layers}, and only a model "
-                         "whose layers share their weights (ALBERT) can run another number")
+                         "whose layers share their weights (ALBERT) can run more")
 
 
-def model_type(path):
-    """What a published name, or a folder's config.json, stands for: a key of ENCODERS"""
-    if (path / "config.json").exists():
-        return read_json(path / "config.json").get("model_type", "albert")
-    return bert.SIZES[path.name].model_type if path.name in bert.SIZES else "albert"
+def encoder_of(config):
+    """The class of encoder that a config.json is for; Google's albert_config.json does not say"""
+    kind = config.get("model_type", "albert")
+    if kind not in ENCODERS:
+        raise InputError(f"model_type {shorten(kind)} is not built here; use one of {', '.join(ENCODERS)}")
+    return ENCODERS[kind]
 
 
 def make_model(settings, folder, examples):
     """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
     tokenizer are written to the folder."""
-    source, config = Path(settings.model), albert.SIZES.get(settings.model)
-    kind = model_type(source)
-    encoder_class, _ = ENCODERS.get(kind, ENCODERS["albert"])
+    source = Path(settings.model)
     if settings.model in SCRATCH:
+        config = albert.SIZES[settings.model]
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
         torch.manual_seed(settings.seed)
-        encoder = encoder_class(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
+        encoder = albert.Albert(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
     elif (source / "run.json").exists():
         torch.manual_seed(settings.seed)
         _, tokenizer, model = load_run(source, torch.device("cpu"))
         encoder = model.encoder
     else:
-        tokenizer = load_tokenizer((albert if kind == "albert" else bert).fetch(settings.model))
+        files = find_model(settings.model)
+        tokenizer, encoder_class = load_tokenizer(files.tokenizer), encoder_of(read_json(files.config))
         torch.manual_seed(settings.seed)
         encoder = encoder_class.from_pretrained(settings.model)
+    if settings.layers is not None and settings.layers < encoder.num_layers and not encoder.shared:
+        encoder.keep(settings.layers)
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length {settings.max_length}: {source} has positions for no more than "
                          f"{encoder.max_length} tokens")
     model = make_ponder(encoder, settings, tokenizer, source)
-    write_json(folder / "config.json", {"model_type": kind, **dataclasses.asdict(encoder.config)})
+    kind = {"model_type": encoder.config.model_type}
+    write_json(folder / "config.json", kind | dataclasses.asdict(encoder.config))
     tokenizer.save(folder)
     return tokenizer, model
 
@@ -290,9 +294,9 @@ def open_run(folder, settings):
     """(tokenizer, model) by the config.json and tokenizer of a run's folder. The model is on the meta device,
     where what only a config claims takes no memory."""
     values, tokenizer = read_json(folder / "config.json"), load_tokenizer(folder)
-    encoder_class, config_class = ENCODERS.get(values.get("model_type"), ENCODERS["albert"])
+    encoder_class, source = encoder_of(values), str(folder / "config.json")
     with torch.device("meta"):
-        encoder = encoder_class(config_class.from_json(values, str(folder / "config.json")))
+        encoder = encoder_class(encoder_class.config_class.from_json(values, source))
         return tokenizer, make_ponder(encoder, settings, tokenizer, folder)
 
 
@@ -505,11 +509,6 @@ def say(text, file=None):
     """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file or sys.stderr, flush=True)
-
-
-def write_json(path, values):
-    with atomic_write(path) as file:
-        file.write(json.dumps(values, indent=1).encode())
 
 
 def run_main(main):

@@ -41,7 +41,7 @@ from paper import study
 from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, all_layers, autocast, changed_settings,
                  check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
-                 make_settings, model_type, open_run, origin_of, read_run, read_split, run_main, run_name,
+                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name,
                  say, splits_of, write_json)
 
 try:
@@ -254,7 +254,7 @@ class Training:
             examples = load(self.settings.task, "train", self.settings.data_dir)
             origin = origin_of(self.settings)
             self.tokenizer, self.model = make_model(self.settings, self.folder, examples)
-            values = describe(self.settings, self.device) | {"encoder": model_type(self.folder)} | origin
+            values = describe(self.settings, self.device) | {"encoder": self.model.encoder.config.model_type} | origin
             write_json(self.folder / "run.json", values)
         return self.folder, None
 
