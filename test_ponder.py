@@ -772,7 +772,8 @@ def test_on_cuda_a_training_step_equals_the_cpus_and_waits_for_nothing(method, l
     for model, prior in ((model, prior), (moved(model), prior.to(torch.device("cuda")))):
         optimizer, cuda.waits = train.make_optimizer(model, chosen), 0
         for step in range(3):
-            parts.append(train.train_step(model, optimizer, chosen, step, *trained_on(labels), prior))
+            found = train.train_step(model, optimizer, chosen, step, *trained_on(labels), prior)
+            parts.append(torch.stack(list(found.values())))
     assert cuda.waits == 0 and parts[3].device.type == "cuda"
     torch.testing.assert_close(torch.stack(parts[3:]).cpu(), torch.stack(parts[:3]))
 
