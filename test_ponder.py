@@ -589,15 +589,14 @@ def test_the_task_loss_at_initialisation_is_ln_c(C):
     assert abs(at_the_start(C)[3]["task"].item() - math.log(C)) < 0.05
 
 
-METHODS = [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("finetune", 2)]
+METHODS = [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("berxit", 2), ("finetune", 2)]
 
 
 def trainee(method, labels, **keywords):
     chosen = run_module.make_settings(method=method, **keywords)
     torch.manual_seed(1)
-    lambda_layers = chosen.lambda_layers if chosen.has_lambda else 0
-    model = Ponder(Albert(ALBERT_CONFIG), labels, lambda_layers=lambda_layers, per_layer=method == "pabee")
-    return model, chosen
+    layers, per_layer = chosen.lambda_layers if chosen.has_lambda else 0, method in ("pabee", "berxit")
+    return Ponder(Albert(ALBERT_CONFIG), labels, lambda_layers=layers, per_layer=per_layer), chosen
 
 
 def trained_on(labels, n=16):
