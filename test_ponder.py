@@ -589,15 +589,14 @@ def test_the_task_loss_at_initialisation_is_ln_c(C):
     assert abs(at_the_start(C)[3]["task"].item() - math.log(C)) < 0.05
 
 
-METHODS = [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("finetune", 2)]
+METHODS = [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("berxit", 2), ("finetune", 2)]
 
 
 def trainee(method, labels, **keywords):
     chosen = run_module.make_settings(method=method, **keywords)
     torch.manual_seed(1)
-    lambda_layers = chosen.lambda_layers if chosen.has_lambda else 0
-    model = Ponder(Albert(ALBERT_CONFIG), labels, lambda_layers=lambda_layers, per_layer=method == "pabee")
-    return model, chosen
+    layers, per_layer = chosen.lambda_layers if chosen.has_lambda else 0, method in ("pabee", "berxit")
+    return Ponder(Albert(ALBERT_CONFIG), labels, lambda_layers=layers, per_layer=per_layer), chosen
 
 
 def trained_on(labels, n=16):
@@ -772,7 +771,8 @@ def test_on_cuda_a_training_step_equals_the_cpus_and_waits_for_nothing(method, l
     for model, prior in ((model, prior), (moved(model), prior.to(torch.device("cuda")))):
         optimizer, cuda.waits = train.make_optimizer(model, chosen), 0
         for step in range(3):
-            parts.append(train.train_step(model, optimizer, chosen, step, *trained_on(labels), prior))
+            found = train.train_step(model, optimizer, chosen, step, *trained_on(labels), prior)
+            parts.append(torch.stack(list(found.values())))
     assert cuda.waits == 0 and parts[3].device.type == "cuda"
     torch.testing.assert_close(torch.stack(parts[3:]).cpu(), torch.stack(parts[:3]))
 
