@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -18,7 +17,7 @@ import torch
 
 import albert
 import bert
-from checkpoint import InputError, atomic_write, read_json, read_safetensors, sha256_file
+from checkpoint import PUBLISHED, InputError, find_model, read_json, read_safetensors, sha256_file, write_json
 from fast import pad
 from glue import answers, buckets, get_task, load, score, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
@@ -213,13 +212,11 @@ def timed(model, work):
 
 ENCODERS = {"albert": (albert.Albert, albert.AlbertConfig), "bert": (bert.Bert, bert.BertConfig),
             "roberta": (bert.Roberta, bert.RobertaConfig)}     # by the model_type in config.json
-SIZES = {**albert.SIZES, **bert.SIZES}
 
 
 def check(settings):
     """InputError for what can be known to be wrong before anything is loaded or fetched."""
-    path, exits = Path(settings.model), settings.exits
-    size = SIZES.get(path.name)
+    path, exits, names = Path(settings.model), settings.exits, [*SCRATCH, *PUBLISHED, "minilm"]
     if "train" not in get_task(settings.task).splits:
         raise InputError(f"--task {settings.task}: it has no training set; choose another")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
@@ -227,39 +224,33 @@ def check(settings):
     if settings.exit not in exits:
         raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
                          + " or ".join(exits))
-    if size is None and not path.exists() and not Path(f"{path}.index").exists():
-        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(SIZES)}")
-    if path.name in bert.SIZES and settings.layers not in (None, size.num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: {path} has {size.num_hidden_layers}, and only a model "
-                         "whose layers share their weights (ALBERT) can run another number")
-
-
-def model_type(path):
-    """What a published name, or a folder's config.json, stands for: a key of ENCODERS"""
-    if (path / "config.json").exists():
-        return read_json(path / "config.json").get("model_type", "albert")
-    return bert.SIZES[path.name].model_type if path.name in bert.SIZES else "albert"
+    if path.name not in names and not path.exists() and not Path(f"{path}.index").exists():
+        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(names)}")
+    if path.name in bert.SIZES and settings.layers not in (None, bert.SIZES[path.name].num_hidden_layers):
+        raise InputError(f"--layers {settings.layers}: only a model whose layers share their weights (ALBERT) "
+                         f"can run another number than its {bert.SIZES[path.name].num_hidden_layers}")
 
 
 def make_model(settings, folder, examples):
     """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
     tokenizer are written to the folder."""
-    source, config = Path(settings.model), albert.SIZES.get(settings.model)
-    kind = model_type(source)
-    encoder_class, _ = ENCODERS.get(kind, ENCODERS["albert"])
+    source, kind = Path(settings.model), "albert"
     if settings.model in SCRATCH:
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
+        config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
         torch.manual_seed(settings.seed)
-        encoder = encoder_class(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
-    elif (source / "run.json").exists():
-        torch.manual_seed(settings.seed)
-        _, tokenizer, model = load_run(source, torch.device("cpu"))
-        encoder = model.encoder
+        encoder = albert.Albert(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
     else:
-        tokenizer = load_tokenizer((albert if kind == "albert" else bert).fetch(settings.model))
+        files = find_model(settings.model)
+        kind = read_json(files.config).get("model_type", kind)
         torch.manual_seed(settings.seed)
-        encoder = encoder_class.from_pretrained(settings.model)
+        if (source / "run.json").exists():
+            _, tokenizer, model = load_run(source, torch.device("cpu"))
+            encoder = model.encoder
+        else:
+            tokenizer = load_tokenizer(files.tokenizer)
+            encoder = ENCODERS.get(kind, ENCODERS["albert"])[0].from_pretrained(settings.model)
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length {settings.max_length}: {source} has positions for no more than "
                          f"{encoder.max_length} tokens")
@@ -364,16 +355,19 @@ def run_name(settings):
     return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
 
+def hashes(paths):
+    return {path.name: sha256_file(path) for path in paths}
+
+
 def origin_of(settings):
     """What a run is made of: the sha256 of the task's files, and of a model's config and weights, or its name
     where it is published or from scratch"""
-    data = {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)}
     path, model = Path(settings.model), settings.model
-    if model not in SCRATCH and path.exists():
-        patterns = ("*config.json", "*.safetensors", "*.bin", "*.ckpt*", "*/*.ckpt*")
-        files = [path] if path.is_file() else sorted({file for p in patterns for file in path.glob(p)})
-        model = {file.name: sha256_file(file) for file in files}
-    return {"data": data, "model": model}
+    if model not in SCRATCH and (path.exists() or Path(f"{path}.index").exists()):
+        files = find_model(model)
+        shards = [*files.weights.parent.glob("*.data-*"), *files.weights.parent.glob("model-*-of-*")]
+        model = hashes([files.config, files.weights, *sorted(shards)])
+    return {"data": hashes(sources(settings.task, settings.data_dir)), "model": model}
 
 
 def describe(settings, device):
@@ -505,11 +499,6 @@ def say(text, file=None):
     """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file or sys.stderr, flush=True)
-
-
-def write_json(path, values):
-    with atomic_write(path) as file:
-        file.write(json.dumps(values, indent=1).encode())
 
 
 def run_main(main):
