@@ -227,7 +227,7 @@ def check(settings):
     if path.name not in names and not path.exists() and not Path(f"{path}.index").exists():
         raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(names)}")
     if path.name in bert.SIZES and settings.layers not in (None, bert.SIZES[path.name].num_hidden_layers):
-        raise InputError(f"--layers {settings.layers}: only a model whose layers share their weights (ALBERT) "
+        raise InputError(f"--layers {settings.layers}: only a model whose layers share weights (ALBERT) "
                          f"can run another number than its {bert.SIZES[path.name].num_hidden_layers}")
 
 
