@@ -1,7 +1,6 @@
-"""The ALBERT encoder (Lan et al. 2020): one Transformer layer, applied L times.
+"""The Transformer block of every encoder here, and ALBERT (Lan et al. 2020), one such layer applied L times.
 
-Reads weights as the Hugging Face hub and as Google publish them. B batch, T tokens, H hidden, E embedding, L layers, as
-in ponder.py.
+Letters as in ponder.py, and E for the size of ALBERT's embedding.
 """
 
 import dataclasses
@@ -21,8 +20,7 @@ from checkpoint import (InputError, check_sizes, find_model, load_config, load_e
 class AlbertConfig:
     """Sizes of an ALBERT, named as in config.json; the defaults are albert-base-v2's.
 
-    Dropout rates are left out on purpose: fine-tuning here drops out before the heads only, whatever a config.json
-    says.
+    Dropout rates are left out on purpose: dropout stands before the heads only, whatever a config.json says.
     """
 
     vocab_size: int = 30000
@@ -43,11 +41,8 @@ class AlbertConfig:
     def __post_init__(self):
         check_sizes(self)
         if self.num_hidden_groups > self.num_hidden_layers:
-            raise InputError(f"AlbertConfig: num_hidden_groups = {self.num_hidden_groups} exceeds num_hidden_layers = "
-                             f"{self.num_hidden_layers}; correct one")
-        if self.pad_token_id >= self.vocab_size:
-            raise InputError(f"AlbertConfig: pad_token_id = {self.pad_token_id} is not in a vocabulary of "
-                             f"{self.vocab_size}; correct one")
+            raise InputError("expected num_hidden_groups to be up to num_hidden_layers = "
+                             f"{self.num_hidden_layers}, found {self.num_hidden_groups}")
 
     @classmethod
     def from_json(cls, values, source="config.json"):
@@ -56,19 +51,20 @@ class AlbertConfig:
 
 
 # Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"model_type": "albert", "position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,
-           "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False, "add_cross_attention": False}
+MUST_BE = {"model_type": "albert", "position_embedding_type": "absolute", "net_structure_type": 0,
+           "gap_size": 0, "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
+           "add_cross_attention": False}
 
-_large = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24)
-_xlarge = dict(hidden_size=2048, num_attention_heads=16, intermediate_size=8192, num_hidden_layers=24)
-_xxlarge = dict(hidden_size=4096, num_attention_heads=64, intermediate_size=16384, num_hidden_layers=12)
-SIZES = {
-    "albert-base-v2": AlbertConfig(), "albert-large-v2": AlbertConfig(**_large),
-    "albert-xlarge-v2": AlbertConfig(**_xlarge), "albert-xxlarge-v2": AlbertConfig(**_xxlarge),
-    "albert-base-v1": AlbertConfig(hidden_act="gelu"), "albert-large-v1": AlbertConfig(hidden_act="gelu", **_large),
-    "albert-xlarge-v1": AlbertConfig(hidden_act="gelu", **_xlarge),
-    "albert-xxlarge-v1": AlbertConfig(hidden_act="gelu", **_xxlarge),
-    # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
+GROWN = {
+    "base": {},
+    "large": dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24),
+    "xlarge": dict(hidden_size=2048, num_attention_heads=16, intermediate_size=8192, num_hidden_layers=24),
+    "xxlarge": dict(hidden_size=4096, num_attention_heads=64, intermediate_size=16384),
+}
+SIZES = {f"albert-{size}-{version}": AlbertConfig(hidden_act=act, **changes)
+         for version, act in (("v1", "gelu"), ("v2", "gelu_new")) for size, changes in GROWN.items()}
+# This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
+SIZES |= {
     "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4,
                          intermediate_size=256, initializer_range=0.05),
     "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4,
@@ -95,16 +91,16 @@ class Block(nn.Module):
         return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)              # (B,T,H)
 
     def attend(self, qkv, mask=None):
-        """Attention of every token to those where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # (B,heads,T,d) each
+        """Attention to tokens where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # (B,heads,T,d) each
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def first(self, h, mask):
-        """The output for the first token alone (B,1,H), at the price of little more than its own row.
+        """The output for the first token alone (B,1,H), at the price of little more than its own row
 
-        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t): the keys and
-        values of the other tokens need not be computed. The keys' bias adds the same to every score, so softmax drops
-        it.
+        For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t), so
+        the keys and values of the other tokens need not be computed. The keys' bias adds the same to every
+        score, and softmax drops it.
         """
         B, _, H = h.shape
         d = H // self.heads
@@ -117,8 +113,11 @@ class Block(nn.Module):
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def rest(self, h, mask, cls):
-        """The output (B,T,H), given that of the first token, cls (B,1,H). On a CPU nothing is computed for padding: the real
-        tokens are packed, and neighbouring rows that have as many attend together. The output of padding is then 0."""
+        """The output (B,T,H), given that of the first token, cls (B,1,H)
+
+        On a CPU nothing is computed for padding, whose output is 0: the real tokens are packed, and
+        neighbouring rows that have as many attend together.
+        """
         if h.device.type != "cpu" or mask.all():
             a = self.attend(self.qkv(h), mask[:, None, None, :])
             return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
@@ -126,7 +125,8 @@ class Block(nn.Module):
         x = h.flatten(0, 1).index_select(0, real)                                           # (n,H)
         runs = [(T, len(list(same))) for T, same in itertools.groupby(mask.sum(1).tolist())]
         parts = self.qkv(x).split([n * T for T, n in runs])                                 # (n T,3H) each
-        a = torch.cat([self.attend(part.unflatten(0, (n, T))).flatten(0, 1) for (T, n), part in zip(runs, parts)])
+        parts = [part.unflatten(0, (n, T)) for part, (T, n) in zip(parts, runs)]
+        a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])                  # (n,H)
         todo = (real % mask.shape[1]).nonzero()[:, 0]
         x = self.after(a.index_select(0, todo), x.index_select(0, todo))
         out = x.new_zeros(h.shape)
@@ -135,9 +135,9 @@ class Block(nn.Module):
         return out
 
     def after(self, a, h):
-        """What follows the attention a (...,H) over tokens h (...,H): its projection, the feed-forward net, norms"""
+        """What follows the attention a (...,H) of tokens h (...,H): projection, feed-forward net, norms"""
         h = self.attn_norm(h + self.attn_out(a))                                            # (...,H)
-        # PyTorch's GELU computes in float32 inside also for bf16, so the tanh form cannot overflow under autocast.
+        # PyTorch computes GELU in float32 also for bf16, so the tanh form cannot overflow under autocast.
         f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (...,F)
         return self.ffn_norm(h + self.ffn_out(f))                                           # (...,H)
 
@@ -177,10 +177,10 @@ class Albert(nn.Module):
         return self.groups[(i - 1) * self.config.num_hidden_groups // self.config.num_hidden_layers]
 
     def embed(self, ids, segments):
-        """ids (B,T) int64, segments (B,T) int64 -> h_0 (B,T,H); T up to max_position_embeddings, else ValueError"""
+        """ids, segments (B,T) int64 -> h_0 (B,T,H); ValueError for more tokens than positions"""
         T = ids.shape[1]
-        if T > self.config.max_position_embeddings:
-            raise ValueError(f"{T} tokens, but this encoder has {self.config.max_position_embeddings} positions")
+        if T > self.max_length:
+            raise ValueError(f"{T} tokens, but this encoder has {self.max_length} positions")
         e = self.words(ids) + self.types(segments) + self.positions.weight[:T]              # (B,T,E)
         return self.project(self.norm(e))                                                   # (B,T,H)
 
@@ -190,19 +190,19 @@ class Albert(nn.Module):
             h = block(h, mask)
         return h
 
+    def before_last(self, i, h, mask):
+        """The blocks of layer i but the last; in published ALBERTs a layer is one block"""
+        for block in self.blocks(i)[:-1]:
+            h = block(h, mask)
+        return h
+
     def first(self, i, h, mask):
         """h_i of the first token alone (B,1,H), at the price of little more than one row"""
-        *inner, last = self.blocks(i)
-        for block in inner:
-            h = block(h, mask)
-        return last.first(h, mask)
+        return self.blocks(i)[-1].first(self.before_last(i, h, mask), mask)
 
     def finish(self, i, h, mask, cls):
-        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from every argument"""
-        *inner, last = self.blocks(i)
-        for block in inner:
-            h = block(h, mask)
-        return last.rest(h, mask, cls)
+        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from all"""
+        return self.blocks(i)[-1].rest(self.before_last(i, h, mask), mask, cls)
 
     def pool(self, h):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""
@@ -210,9 +210,9 @@ class Albert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the weights that `checkpoint.find_model` finds: a hub name, a folder in the hub's form,
-        Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names it; heads
-        are left out and named. A file without a pooler leaves ours freshly initialised."""
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name, a folder in the hub's
+        form, Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names
+        it; heads are left out and named. A file without a pooler leaves ours freshly initialised."""
         files = find_model(name_or_path)
         config = load_config(AlbertConfig, files, SIZES)
         weights, kind = read_weights(files)

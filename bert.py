@@ -1,6 +1,6 @@
-"""The BERT encoder (Devlin et al. 2019), and RoBERTa (Liu et al. 2019), a BERT that counts positions otherwise.
+"""BERT (Devlin et al. 2019), and RoBERTa (Liu et al. 2019) as a BERT that counts positions otherwise.
 
-L Transformer layers with weights of their own, and the contract of albert.py. Letters as in ponder.py.
+L Transformer layers with weights of their own, and the contract of albert.py; letters as in ponder.py.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from checkpoint import (InputError, check_sizes, find_model, load_config, load_e
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT, named as in config.json; the defaults are bert-base-uncased's. No dropout, as in AlbertConfig."""
+    """Sizes of a BERT, named as in config.json; the defaults are bert-base-uncased's; no dropout."""
 
     model_type = "bert"
     vocab_size: int = 30522
@@ -87,7 +87,7 @@ class Bert(nn.Module):
         return torch.arange(ids.shape[1], device=ids.device)
 
     def embed(self, ids, segments):
-        """ids (B,T) int64, segments (B,T) int64 below type_vocab_size -> h_0 (B,T,H); ValueError for T over max_length"""
+        """ids, segments (B,T) int64 -> h_0 (B,T,H); ValueError for more tokens than positions"""
         if ids.shape[1] > self.max_length:
             raise ValueError(f"{ids.shape[1]} tokens, but this encoder has {self.max_length} positions")
         e = self.words(ids) + self.types(segments) + self.positions(self.position_ids(ids))     # (B,T,H)
@@ -102,7 +102,7 @@ class Bert(nn.Module):
         return self.blocks[i - 1].first(h, mask)
 
     def finish(self, i, h, mask, cls):
-        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from every argument"""
+        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from all"""
         return self.blocks[i - 1].rest(h, mask, cls)
 
     def pool(self, h):
@@ -111,9 +111,9 @@ class Bert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the weights that `checkpoint.find_model` finds: a hub name or a folder in the hub's form.
-        Each tensor of the encoder is used once, or an InputError names it; heads are left out and named. A file
-        without a pooler leaves ours freshly initialised."""
+        """Encoder with the weights that `checkpoint.find_model` finds: a hub name or a folder in the hub's
+        form. Each tensor of the encoder is used once, or an InputError names it; heads are left out and
+        named. A file without a pooler leaves ours freshly initialised."""
         files = find_model(name_or_path)
         config = load_config(cls.config_class, files, SIZES)
         weights, kind = read_weights(files)

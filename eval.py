@@ -224,8 +224,8 @@ def submit(path, root, method, model, device, batch_size, changed):
             best.setdefault(name, {})[task] = max(seeds, key=lambda run: run.score)
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
-        raise InputError(f"--submit: expected finished runs of {method} with {name} under {root}/, found "
-                         f"those with {', '.join(best) or 'none'}; train them, or give --method and --model")
+        raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
+                         f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
     jobs = []
     for task, run in best[name].items():
         keys = [key for key in SUBMISSION.values() if key[0] == task or (task == "mnli" and key[0] == "ax")]

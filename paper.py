@@ -4,10 +4,10 @@ First what one pass of full depth tells, then which runs make a cell, tables, fi
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -467,7 +467,7 @@ def flops(model, operations, work):
 def flops_of_layer(model, B, T, dtype):
     """What one layer on (B,T) reaches, beside the best product that the device gives in the dtype"""
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
-    new = functools.partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
+    new = partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
     h, mask, best = new(B, T, H), new(B, T) < float("inf"), 0
     layer = flops(model, 2 * B * T * H * (4 * H + 2 * F + 2 * T), lambda: model.encoder.layer(1, h, mask))
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
@@ -504,13 +504,13 @@ def bench(model, settings, tokenizer, criterion, split, rows=128, rounds=5):
         print_table(flops_of_layer(model, 32, round(length), dtype),
                     ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
         for batch_size in (1, 8, 32, 128):
-            ways = {"full depth": lambda: full_depth(model, inputs, batch_size),
-                    "rows dropped": lambda: early(batch_size, first_tokens=10**9),
-                    "decided first": lambda: early(batch_size)}
+            ways = {"full depth": partial(full_depth, model, inputs, batch_size),
+                    "rows dropped": partial(early, batch_size, first_tokens=10**9),
+                    "decided first": partial(early, batch_size)}
             if model.encoder.shared:
-                ways["depth-wise"] = lambda: early(batch_size, depthwise=True)
+                ways["depth-wise"] = partial(early, batch_size, depthwise=True)
             if batch_size == 32:
-                ways["one by one at length 128, as released"] = lambda: released_way(model, inputs, layers)
+                ways["one by one at length 128, as released"] = partial(released_way, model, inputs, layers)
             seconds = {way: [] for way in ways}
             for _ in range(1 + rounds):                     # the first round warms up
                 for way, work in ways.items():
