@@ -1104,9 +1104,14 @@ def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bit
             os.kill(os.getpid(), how)
         return real(model, optimizer, settings_, number, *rest)
 
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(train, "train_step", step)
         run_module.run_main(lambda: train.main([*rte, "--name", "x"]))
+    os.kill(os.getpid(), how)                           # a second one does not cut the end short
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
     said = "stopped after step 5 and saved; go on with: python train.py --resume runs/x\n"
     assert ended.value.code == 130 and capsys.readouterr().err.endswith(said)
     train.main(["--resume", "runs/x"])

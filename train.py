@@ -226,6 +226,9 @@ def caught_signals():
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
+    except Interrupted:         # the process ends; a second signal, as torchrun sends, must not cut that short
+        kept = {}
+        raise
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
