@@ -226,7 +226,7 @@ def caught_signals():
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
-    except Interrupted:         # the process ends; a second signal, as torchrun sends, must not cut that short
+    except Interrupted:         # a second signal, which torchrun sends, must not cut the end short
         kept = {}
         raise
     finally:
