@@ -14,19 +14,20 @@ import torch
 
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
-FIRST_TOKENS = 384   # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it never did
+FIRST_TOKENS = 384      # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it never did
+STREAM_ROWS = 4000      # inputs from which `stream` pays on CUDA, where its graphs are recorded first (an H100)
 
 
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the inputs'
     order
 
-    Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA where
-    layers are shared. ValueError for depthwise=True without shared layers.
+    Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
+    layers and STREAM_ROWS inputs or more. ValueError for depthwise=True without shared layers.
     """
     encoder, parameter = model.encoder, next(model.parameters())
     if depthwise is None:
-        depthwise = encoder.shared and parameter.device.type == "cuda"
+        depthwise = encoder.shared and parameter.device.type == "cuda" and len(inputs) >= STREAM_ROWS
     if depthwise and not encoder.shared:
         raise ValueError("rows at different depths can share a batch only where layers share their weights")
     N = len(inputs)

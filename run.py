@@ -17,8 +17,8 @@ import torch
 
 import albert
 import bert
-from checkpoint import (InputError, find_model, read_json, read_safetensors, sha256_file, shorten,
-                        write_json)
+from checkpoint import (PUBLISHED, InputError, find_model, read_json, read_safetensors, sha256_file,
+                        shorten, write_json)
 from fast import pad
 from glue import answers, buckets, get_task, load, score, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
@@ -211,14 +211,12 @@ def timed(model, work):
 
 # ---- the model of a run ----
 
-ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}
-SIZES = {**albert.SIZES, **bert.SIZES}
+ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}    # by model_type
 
 
 def check(settings):
     """InputError for what can be known to be wrong before anything is loaded or fetched."""
-    path, exits = Path(settings.model), settings.exits
-    size = SIZES.get(path.name)
+    path, exits, names = Path(settings.model), settings.exits, [*SCRATCH, *PUBLISHED, "minilm"]
     if "train" not in get_task(settings.task).splits:
         raise InputError(f"--task {settings.task}: it has no training set; choose another")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
@@ -226,16 +224,15 @@ def check(settings):
     if settings.exit not in exits:
         raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
                          + " or ".join(exits))
-    if path.name not in (*SIZES, "minilm") and not path.exists() and not Path(f"{path}.index").exists():
-        raise InputError(f"--model {path}: expected a folder or file of weights, minilm, or one of "
-                         + ", ".join(SIZES))
-    if path.name in bert.SIZES and (settings.layers or 0) > size.num_hidden_layers:
-        raise InputError(f"--layers {settings.layers}: {path} has {size.num_hidden_layers}, and only a model "
-                         "whose layers share their weights (ALBERT) can run more")
+    if path.name not in names and not path.exists() and not Path(f"{path}.index").exists():
+        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(names)}")
+    if path.name in bert.SIZES and (settings.layers or 0) > bert.SIZES[path.name].num_hidden_layers:
+        raise InputError(f"--layers {settings.layers}: only a model whose layers share weights (ALBERT) "
+                         f"can run more than its {bert.SIZES[path.name].num_hidden_layers}")
 
 
 def encoder_of(config):
-    """The class of encoder that a config.json is for; Google's albert_config.json does not say"""
+    """The class of encoder that the dict of a config.json is for; Google's does not say, and is ALBERT's"""
     kind = config.get("model_type", "albert")
     if kind not in ENCODERS:
         raise InputError(f"model_type {shorten(kind)} is not built here; use one of {', '.join(ENCODERS)}")
@@ -247,20 +244,20 @@ def make_model(settings, folder, examples):
     tokenizer are written to the folder."""
     source = Path(settings.model)
     if settings.model in SCRATCH:
-        config = albert.SIZES[settings.model]
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
+        config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
         torch.manual_seed(settings.seed)
         encoder = albert.Albert(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
-    elif (source / "run.json").exists():
-        torch.manual_seed(settings.seed)
-        _, tokenizer, model = load_run(source, torch.device("cpu"))
-        encoder = model.encoder
     else:
         files = find_model(settings.model)
-        tokenizer, encoder_class = load_tokenizer(files.tokenizer), encoder_of(read_json(files.config))
         torch.manual_seed(settings.seed)
-        encoder = encoder_class.from_pretrained(settings.model)
+        if (source / "run.json").exists():
+            _, tokenizer, model = load_run(source, torch.device("cpu"))
+            encoder = model.encoder
+        else:
+            tokenizer = load_tokenizer(files.tokenizer)
+            encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
     if settings.layers is not None and settings.layers < encoder.num_layers and not encoder.shared:
         encoder.keep(settings.layers)
     if settings.max_length > encoder.max_length:
@@ -368,16 +365,19 @@ def run_name(settings):
     return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
 
+def hashes(paths):
+    return {path.name: sha256_file(path) for path in paths}
+
+
 def origin_of(settings):
     """What a run is made of: the sha256 of the task's files, and of a model's config and weights, or its name
     where it is published or from scratch"""
-    data = {path.name: sha256_file(path) for path in sources(settings.task, settings.data_dir)}
     path, model = Path(settings.model), settings.model
-    if model not in SCRATCH and path.exists():
-        patterns = ("*config.json", "*.safetensors", "*.bin", "*.ckpt*", "*/*.ckpt*")
-        files = [path] if path.is_file() else sorted({file for p in patterns for file in path.glob(p)})
-        model = {file.name: sha256_file(file) for file in files}
-    return {"data": data, "model": model}
+    if model not in SCRATCH and (path.exists() or Path(f"{path}.index").exists()):
+        files = find_model(model)
+        shards = [*files.weights.parent.glob("*.data-*"), *files.weights.parent.glob("model-*-of-*")]
+        model = hashes([files.config, files.weights, *sorted(shards)])
+    return {"data": hashes(sources(settings.task, settings.data_dir)), "model": model}
 
 
 def describe(settings, device):

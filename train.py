@@ -34,15 +34,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint import InputError, atomic_write, read_torch, sha256_file, write_safetensors
+from checkpoint import InputError, atomic_write, read_torch, write_json, write_safetensors
 from fast import pad, upload
-from glue import buckets, load
+from glue import buckets, load, sources
 from paper import study
 from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, all_layers, autocast, changed_settings,
-                 check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, make_model,
-                 make_settings, open_run, origin_of, read_run, read_split, run_main, run_name,
-                 say, splits_of, write_json)
+                 check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, hashes,
+                 make_model, make_settings, open_run, origin_of, read_run, read_split, run_main, run_name,
+                 say, splits_of)
 
 try:
     import fcntl
@@ -226,6 +226,9 @@ def caught_signals():
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
+    except Interrupted:         # a second signal, which torchrun sends, must not cut the end short
+        kept = {}
+        raise
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
@@ -254,7 +257,8 @@ class Training:
             examples = load(self.settings.task, "train", self.settings.data_dir)
             origin = origin_of(self.settings)
             self.tokenizer, self.model = make_model(self.settings, self.folder, examples)
-            values = describe(self.settings, self.device) | {"encoder": self.model.encoder.config.model_type} | origin
+            encoder = self.model.encoder.config.model_type
+            values = describe(self.settings, self.device) | {"encoder": encoder} | origin
             write_json(self.folder / "run.json", values)
         return self.folder, None
 
@@ -371,7 +375,7 @@ class Training:
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
         values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch,
                    "best_epoch": progress.best_epoch,
-                   "files": {name: sha256_file(self.folder / name) for name in sorted(kept)}}
+                   "files": hashes(self.folder / name for name in sorted(kept))}
         values |= study(settings, outputs)
         write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
@@ -446,7 +450,8 @@ def find_stopped(name):
     """(folder, settings) of a run to go on with. InputError if the files of its task have changed."""
     folder = find_run(name, unfinished=True)
     settings, values = read_run(folder)
-    if not values.get("finished") and origin_of(settings)["data"] != values.get("data"):
+    data = hashes(sources(settings.task, settings.data_dir))
+    if not values.get("finished") and data != values.get("data"):
         raise InputError(f"{folder}: the task's files have changed since then; put them back or train anew")
     return folder, settings
 
