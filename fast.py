@@ -14,16 +14,15 @@ import torch
 
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
-FIRST_TOKENS = 384      # tokens in a pool from which deciding a layer first pays on a CPU; on a GPU it never did
-STREAM_ROWS = 4000      # inputs from which `stream` pays on CUDA, where its graphs are recorded first (an H100)
+FIRST_TOKENS = 384      # tokens in a pool from which a CPU gains by deciding a layer first; an H100 does not
+STREAM_ROWS = 4000      # inputs from which `stream` pays on an H100, where its graphs are recorded first
 
 
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
-    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the inputs'
-    order
+    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the same order
 
     Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
-    layers and STREAM_ROWS inputs or more. ValueError for depthwise=True without shared layers.
+    layers and STREAM_ROWS inputs or more; True without shared layers is a ValueError.
     """
     encoder, parameter = model.encoder, next(model.parameters())
     if depthwise is None:
@@ -69,7 +68,9 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
         pooled, depth = encoder.pool(cls), torch.full_like(rows, i)
         logits, lam = model.heads(depth, pooled, previous)             # (B,C), (B,)
         state, done = rule.step(state, depth, lam, logits)
-        stop, go = split(done, last)
+        flags = [True] * len(rows) if last else done.tolist()          # where the host waits for the device
+        stop = [b for b, flag in enumerate(flags) if flag]
+        go = [b for b, flag in enumerate(flags) if not flag]
         if stop:
             left = upload(stop, device)
             answers[rows[left]], layers[rows[left]] = logits[left], i
@@ -102,13 +103,11 @@ def stream(model, inputs, order, rule, start, size, answers, layers):
 
 
 class Places:
-    """The places of a batch that is kept full, each with a row at a layer of its own; a row that stops frees
-    its place.
+    """The places of a batch that is kept full, each with a row at a layer of its own
 
-    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter,
-    ...), and T tokens in steps of 16. On CUDA a shape that keeps coming is recorded as a graph: its seventy
-    kernels take the host longer to start than the device to run. Rows arrive within the step, at most a
-    quarter of the places.
+    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter, ...)
+    and T tokens in steps of 16. On CUDA a shape that keeps coming is recorded as a graph, because the host
+    takes longer to start its seventy kernels than the device to run them. Rows arrive within a step.
     """
 
     def __init__(self, model, inputs, order, rule, start, size, answers, layers):
@@ -258,11 +257,7 @@ def padded(T, encoder, device):
 
 
 def chunks(lengths, batch_size, device):
-    """Slices of rows of the given lengths, longest first: of at most batch_size rows, on a CPU also of
-    CHUNK_TOKENS
-
-    -> slice, T, the length of its longest row
-    """
+    """Slices of at most batch_size rows, longest first, and of CHUNK_TOKENS on a CPU -> slice, its longest T"""
     start = 0
     while start < len(lengths):
         T, n = lengths[start], batch_size
@@ -270,11 +265,3 @@ def chunks(lengths, batch_size, device):
             n = min(n, max(1, CHUNK_TOKENS // T))
         yield slice(start, min(start + n, len(lengths))), T
         start += n
-
-
-def split(done, last):
-    """done (B,) bool -> lists of the rows that stop, all at the last layer, and go on; the host waits here"""
-    if last:
-        return list(range(len(done))), []
-    waited = done.tolist()
-    return [b for b, stop in enumerate(waited) if stop], [b for b, stop in enumerate(waited) if not stop]
