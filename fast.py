@@ -257,7 +257,7 @@ def padded(T, encoder, device):
 
 
 def chunks(lengths, batch_size, device):
-    """Slices of at most batch_size rows, longest first, and of CHUNK_TOKENS on a CPU -> slice, its longest T"""
+    """Slices of at most batch_size rows, longest first, on a CPU of CHUNK_TOKENS too -> slice, longest T"""
     start = 0
     while start < len(lengths):
         T, n = lengths[start], batch_size
