@@ -59,7 +59,7 @@ import text as text_module
 import train
 from albert import Albert, AlbertConfig
 from checkpoint import InputError, read_safetensors
-from ponder import (EntropyExit, FixedExit, LambdaHead, LearnedExit, PatienceExit, Ponder, QExit,
+from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit,
                     SampleExit, berxit_loss, elbo_loss, exit_distribution, exit_layers, expected_prediction,
                     geometric_prior, kl_divergence, layer_losses, layer_weighted_loss)
 from bert import Bert, BertConfig, Roberta, RobertaConfig
@@ -269,7 +269,9 @@ SMALL = [SMALL_ALBERT, SMALL_ROBERTA]
 KINDS = {"albert": {}, "regression": {"labels": 1}, "bert": {"config": BERT_CONFIG},
          "roberta": {"config": ROBERTA_CONFIG},
          "pabee": {"lambda_layers": 0, "per_layer": True, "seed": 4},
-         "berxit": {"lambda_layers": 1, "per_layer": True}}
+         "berxit": {"lambda_layers": 1, "per_layer": True},
+         "pondernet": {"lambda_layers": 1, "concat": False}}
+HEAD_SIZES = {"pabee": 0, "berxit": 2 * 24 + 1, "pondernet": 24 + 1}
 TELLING = [("albert", QExit, 0.5), ("bert", QExit, 0.9), ("roberta", RULES["patience"][0], 2),
            ("regression", seeded, 5), ("pabee", EntropyExit, 0.5), ("berxit", LearnedExit, 0.6)]
 WAYS = {"predict": {}, "decided first": {"first_tokens": 1}, "layer whole": {},
@@ -395,24 +397,18 @@ def test_what_the_method_cannot_do_is_a_value_error_that_says_so(call, arguments
 def test_heads_read_the_pooled_state_and_lambda_the_one_before_too_and_zeros_before_layer_1(kind, num_layers):
     model = make(num_layers=num_layers, **KINDS[kind])
     batch, before = pad(rows(5, model.encoder.config), model.encoder, "cpu"), torch.zeros(5, 24)
-    logits, lam = model(*batch)
-    h = model.encoder.embed(*batch[::2])
+    h, head, (logits, lam) = model.encoder.embed(*batch[::2]), model.lambda_head, model(*batch)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if name.startswith("lambda_head."))
+    assert parameters == HEAD_SIZES.get(kind, 3 * (48 * 48 + 48) + 49)
     for i in range(num_layers or 6):
         h = model.encoder.layer(i + 1, h, batch[1])
         pooled = model.encoder.pool(h)
         classifier = model.classifier[i] if "per_layer" in KINDS[kind] else model.classifier
         assert torch.allclose(logits[:, i], classifier(pooled), atol=1e-5)
-        x, before = torch.cat([pooled, before], 1), pooled
-        for linear in model.lambda_head.hidden if model.lambda_head else ():
+        x, before = pooled if kind == "pondernet" else torch.cat([pooled, before], 1), pooled
+        for linear in head.hidden if head else ():
             x = linear(x).tanh()
-        want = model.lambda_head.last(x)[:, 0].sigmoid() if model.lambda_head else torch.zeros(5)
-        assert torch.allclose(lam[:, i], want, atol=1e-5)
-
-
-@pytest.mark.parametrize("layers, concat, parameters", [(3, True, 3 * (48 * 48 + 48) + 49), (1, True, 49),
-                                                        (3, False, 3 * (24 * 24 + 24) + 25), (1, False, 25)])
-def test_lambda_head_has_the_published_sizes(layers, concat, parameters):
-    assert sum(p.numel() for p in LambdaHead(24, layers, concat).parameters()) == parameters
+        assert torch.allclose(lam[:, i], head.last(x)[:, 0].sigmoid() if head else torch.zeros(5), atol=1e-5)
 
 
 bf16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
@@ -510,6 +506,7 @@ class PretendedCuda(torch.overrides.TorchFunctionMode):
         name, kwargs = func.__name__, {key: kwargs[key] for key in kwargs or {} if key != "pin_memory"}
         leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        others = [x for x in tensors if x.dim() > 0 and type(x) is not Pretended]
         on_cuda = any(type(x) is Pretended for x in tensors)
         if func == torch.Tensor.device.__get__:
             return torch.device("cuda:0" if on_cuda else "cpu")
@@ -517,19 +514,17 @@ class PretendedCuda(torch.overrides.TorchFunctionMode):
             return func(*args) if func is torch.device else args[0]
         device = "cuda" if on_cuda and name != "cpu" else "cpu"
         device = next((x.type for x in leaves if isinstance(x, torch.device)), device)
-        others = [x for x in tensors if x.dim() > 0 and type(x) is not Pretended]
-        sends = name in ("to", "copy_") and device == "cuda"
+        kind, sends = Pretended if device == "cuda" else torch.Tensor, name in ("to", "copy_")
         assert sends or not on_cuda or not others, f"{name} mixes devices"
         masked = name in ("__getitem__", "__setitem__") and torch.bool in [x.dtype for x in tensors[1:]]
-        sends = sends and others and not kwargs.get("non_blocking")
-        if sends or (on_cuda and (device == "cpu" or masked or name in WAITS)):
+        waits = sends and device == "cuda" and others and not kwargs.get("non_blocking")
+        if waits or (on_cuda and (device == "cpu" or masked or name in WAITS)):
             assert Graph.recording is None, f"{name} waits while a graph is recorded"
             self.waits += 1
         to_cpu = functools.partial(tree_map, lambda x: "cpu" if isinstance(x, torch.device) else x)
         out = func(*to_cpu(args), **to_cpu(kwargs))
         out = out.clone() if name == "to" else out          # another device has another memory
         if on_cuda or device == "cuda":
-            kind = Pretended if device == "cuda" else torch.Tensor
             out = tree_map(lambda x: x.as_subclass(kind) if isinstance(x, torch.Tensor) else x, out)
         if Graph.recording is not None:
             Graph.recording.append((func, args, kwargs, out))
@@ -1709,12 +1704,6 @@ def random_batch(config, B, T, seed=0):
     return ids.where(mask, config.pad_token_id), mask, segments * mask
 
 
-def weighted_sum(parts):
-    """A scalar to which every element contributes, each by a weight of its own"""
-    generator = torch.Generator().manual_seed(1)
-    return sum((part * torch.randn(part.shape, generator=generator)).mean() for part in parts)
-
-
 @pytest.mark.parametrize("config, attention, B, T", [
     *((config, attention, 7, 13) for config in ODD for attention in ("eager", "sdpa")),
     *((config, "sdpa", 3, 17) for config in WHOLE)])
@@ -1728,13 +1717,14 @@ def test_every_hidden_state_the_pooled_output_and_every_gradient_equal_transform
     found = [*(h[mask] for h in states), ours.pool(states[-1])]
     wanted = [*(h[mask] for h in out.hidden_states), out.pooler_output]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    weighted_sum(found).backward(), weighted_sum(wanted).backward()
+    for outputs in (found, wanted):                             # a scalar to which every element contributes
+        sum((part ** 3).mean() for part in outputs).backward()
     table, parameters = name_table(config), dict(theirs.named_parameters())
     assert sorted(name for names in table.values() for name in names) == sorted(parameters)
     for name, parameter in ours.named_parameters():
         want = torch.cat([parameters[hub].grad for hub in table[name]])
-        assert 0 < want.abs().max() < 1 and parameter.grad.shape == want.shape
-        assert (parameter.grad - want).abs().max() < 1e-4 * want.abs().max() + 1e-8, name
+        size, difference = want.abs().max(), (parameter.grad - want).abs().max()
+        assert 0 < size and difference < 1e-4 * size + 1e-8, name
 
 
 @pytest.mark.parametrize("name", [*albert.SIZES, *bert.SIZES])
