@@ -1711,8 +1711,9 @@ def test_every_hidden_state_the_pooled_output_and_every_gradient_equal_transform
     assert ours.shared is (is_albert(config) and config.num_hidden_groups == 1)
     states = all_states(ours, ids, mask, segments)
     out = theirs(ids, attention_mask=mask.long(), token_type_ids=segments, output_hidden_states=True)
-    found = [states[0], *(h[mask] for h in states), ours.pool(states[-1])]      # h_0 at the padding too
-    wanted = [out.hidden_states[0], *(h[mask] for h in out.hidden_states), out.pooler_output]
+    torch.testing.assert_close(states[0], out.hidden_states[0], atol=1e-5, rtol=0)      # at the padding too
+    found = [*(h[mask] for h in states), ours.pool(states[-1])]
+    wanted = [*(h[mask] for h in out.hidden_states), out.pooler_output]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     for outputs in (found, wanted):                             # a scalar to which every element contributes
         sum((part ** 3).mean() for part in outputs).backward()
