@@ -1,9 +1,9 @@
 """The answers of Ponder.predict for any number of inputs, fast.
 
 `descend` takes a pool of rows, longest first, down the layers together. Rows that stop are dropped, and where
-it pays a layer is decided from its first token, before its other tokens are computed. `stream` keeps a batch
-full instead, with every row at a layer of its own. It needs shared layers, and is the way of CUDA, where a
-graph replays its step.
+it pays a layer is decided from its first token, before its other tokens are computed. `Places` keeps a batch
+full instead, with every row at a layer of its own; it needs shared layers, and on CUDA a graph replays its
+step.
 """
 
 import collections
@@ -15,14 +15,15 @@ import torch
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
 FIRST_TOKENS = 384      # tokens in a pool from which a CPU gains by deciding a layer first; an H100 does not
-STREAM_ROWS = 4000      # inputs from which `stream` pays on an H100, where its graphs are recorded first
+STREAM_ROWS = 4000      # inputs from which full batches pay on an H100, whose graphs are recorded first
 
 
+@torch.no_grad()
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
-    """Early exit for a list of (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the same order
+    """Early exit for N inputs (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the same order
 
     Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
-    layers and STREAM_ROWS inputs or more; True without shared layers is a ValueError.
+    layers and STREAM_ROWS inputs or more. ValueError for depthwise=True without shared layers.
     """
     encoder, parameter = model.encoder, next(model.parameters())
     if depthwise is None:
@@ -31,16 +32,16 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
         raise ValueError("rows at different depths can share a batch only where layers share their weights")
     N = len(inputs)
     state = rule.start(N, model.num_layers, parameter.device)
-    answers = parameter.new_zeros(N + 1, model.num_labels)             # row N takes what nobody asked for
+    answers = parameter.new_zeros(N + 1, model.num_labels)             # row N takes what empty places give
     layers = torch.zeros(N + 1, dtype=torch.int64, device=parameter.device)
     order = sorted(range(N), key=lambda row: -len(inputs[row][0]))
-    with torch.no_grad():
-        if depthwise and N:
-            stream(model, inputs, order, rule, state, min(batch_size, N), answers, layers)
-        while order and not depthwise:
-            n = max(batch_size, POOL_TOKENS // max(1, len(inputs[order[0]][0])))
-            descend(model, inputs, order[:n], rule, state, batch_size, answers, layers)
-            order = order[n:]
+    if depthwise and N:
+        Places(model, inputs, order, rule, state, min(batch_size, N), answers, layers).run()
+        order = []
+    while order:
+        n = max(batch_size, POOL_TOKENS // max(1, len(inputs[order[0]][0])))
+        descend(model, inputs, order[:n], rule, state, batch_size, answers, layers)
+        order = order[n:]
     return answers[:N], layers[:N]
 
 
@@ -68,12 +69,12 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
         pooled, depth = encoder.pool(cls), torch.full_like(rows, i)
         logits, lam = model.heads(depth, pooled, previous)             # (B,C), (B,)
         state, done = rule.step(state, depth, lam, logits)
-        flags = [True] * len(rows) if last else done.tolist()          # where the host waits for the device
-        stop = [b for b, flag in enumerate(flags) if flag]
-        go = [b for b, flag in enumerate(flags) if not flag]
+        stopped = done.tolist() if not last else [True] * len(rows)     # the host waits for the device here
+        stop = [b for b, it in enumerate(stopped) if it]
+        go = [b for b, it in enumerate(stopped) if not it]
         if stop:
-            left = upload(stop, device)
-            answers[rows[left]], layers[rows[left]] = logits[left], i
+            ends = upload(stop, device)
+            answers[rows[ends]], layers[rows[ends]] = logits[ends], i
         if not go:
             return
         previous = pooled
@@ -81,33 +82,21 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
             keep, lengths = upload(go, device), [lengths[b] for b in go]
             rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
         if decide_first:
-            for c, T in chunks(lengths, batch_size, device):           # over rows that are not read again
-                if stop:
-                    h[c, :T] = encoder.finish(i, h[:, :T].index_select(0, keep[c]), mask[c, :T], cls[keep[c]])
-                else:
-                    h[c, :T] = encoder.finish(i, h[c, :T], mask[c, :T], cls[c])
+            for c, T in chunks(lengths, batch_size, device):
+                source = keep[c] if stop else c     # it ascends, so no row is read after it was overwritten
+                h[c, :T] = encoder.finish(i, h[source, :T], mask[c, :T], cls[source])
             h = h[:len(go)]
         elif stop:
             h = h[keep]
         h, mask = h[:, :lengths[0]], mask[:, :lengths[0]]
 
 
-def stream(model, inputs, order, rule, start, size, answers, layers):
-    """Depth-wise batching: rows in order, longest first, through `size` places; fills answers and layers."""
-    places = Places(model, inputs, order, rule, start, size, answers, layers)
-    places.prepare()
-    while places.admit():
-        places.launch()
-        places.prepare()                                                # while the device computes
-        places.wait()
-
-
 class Places:
-    """The places of a batch that is kept full, each with a row at a layer of its own
+    """A batch that is kept full: each place holds a row at a layer of its own, and a row that stops frees it.
 
-    A step is the same work for every place, so it comes in few shapes: n places (all, a half, a quarter, ...)
-    and T tokens in steps of 16. On CUDA a shape that keeps coming is recorded as a graph, because the host
-    takes longer to start its seventy kernels than the device to run them. Rows arrive within a step.
+    A step is the same work for every place, so its shape depends on T alone, the longest row in steps of 16.
+    On CUDA a shape that keeps coming is recorded as a graph, because its seventy kernels take the host longer
+    to start than the device to run. Rows arrive within the step, at most a quarter of the places.
     """
 
     def __init__(self, model, inputs, order, rule, start, size, answers, layers):
@@ -121,12 +110,20 @@ class Places:
         self.host = torch.zeros(most, 3 + 2 * W, dtype=torch.int32, pin_memory=self.cuda)
         self.sent = torch.empty_like(self.host, device=self.device)
         self.taken = np.zeros(size, np.int64)                    # tokens of the row in a place, 0: it is free
-        nobody = layers.new_zeros(size + 1)                           # the last place is for who did not come
+        nobody = layers.new_zeros(size + 1)                           # the last place is for those that did not come
         self.row, self.length, self.depth = nobody + self.N, nobody + 1, nobody.clone()
-        self.stop = nobody.bool()
+        self.stop = nobody[:-1].bool()
         self.h = answers.new_zeros(size + 1, W, model.encoder.hidden_size)
         self.pooled, self.state = torch.zeros_like(self.h[:, 0]), tuple(s[nobody] for s in start)
         self.uses, self.graphs = collections.Counter(), {}
+
+    def run(self):
+        """Answers every row."""
+        self.prepare()
+        while self.admit():
+            self.launch()
+            self.prepare()                                              # while the device computes
+            self.free()
 
     def prepare(self):
         """Packs the rows that come next."""
@@ -138,11 +135,8 @@ class Places:
 
     def admit(self):
         """Rows that are ready take free places -> whether any place is taken"""
-        alive = np.flatnonzero(self.taken)
-        coming = min(len(self.ready), self.size - len(alive))
-        if len(alive) and self.shape(len(alive) + coming) < self.shape(alive[-1] + 1):
-            self.move(alive)
-        free = np.flatnonzero(self.taken == 0)[:coming]
+        free = np.flatnonzero(self.taken == 0)[:len(self.ready)]
+        coming = len(free)
         plan = self.host.numpy()
         plan[:, :3] = self.size, self.N, 1
         plan[:coming] = self.ready[:coming]
@@ -150,39 +144,24 @@ class Places:
         self.ready = self.ready[coming:]
         return self.taken.any()
 
-    def shape(self, count):
-        """The least of all places, a half, a quarter, ... that holds so many"""
-        n = self.size
-        while count <= n // 2:
-            n //= 2
-        return n
-
-    def move(self, alive):
-        """The rows in the places `alive` move to the first places."""
-        k, keep = len(alive), upload(alive, self.device)
-        for tensor in (self.row, self.length, self.depth, self.h, self.pooled, *self.state):
-            tensor[:k] = tensor[keep]
-        self.row[k:], self.taken[:k], self.taken[k:] = self.N, self.taken[alive], 0
-
     def launch(self):
         """Starts one step for all places that are taken."""
-        n = self.n = self.shape(np.flatnonzero(self.taken)[-1] + 1)
         T = min(-(-int(self.taken.max()) // 16) * 16, self.width)
         self.sent.copy_(self.host, non_blocking=True)
-        self.uses[n, T] += 1
-        if not self.cuda or self.uses[n, T] < 4:                       # recording takes as long as some steps
-            return self.step(n, T)
-        if (n, T) not in self.graphs:
-            self.graphs[n, T] = record(lambda: self.step(n, T))
-        self.graphs[n, T].replay()
+        self.uses[T] += 1
+        if not self.cuda or self.uses[T] < 4:                      # recording takes as long as some steps
+            return self.step(T)
+        if T not in self.graphs:
+            self.graphs[T] = record(lambda: self.step(T))
+        self.graphs[T].replay()
 
-    def wait(self):
-        """Frees the places whose rows have stopped; the host waits for the device here alone."""
-        self.taken[:self.n][self.stop[:self.n].cpu().numpy()] = 0
+    def free(self):
+        """Frees the places whose rows have stopped; nowhere else does the host wait for the device."""
+        self.taken[self.stop.cpu().numpy()] = 0
 
-    def step(self, n, T):
+    def step(self, T):
         """Everything between two looks of the host: rows arrive, all go one layer on, some stop."""
-        encoder, W, L = self.model.encoder, self.width, self.model.num_layers
+        encoder, W, L, n = self.model.encoder, self.width, self.model.num_layers, self.size
         place, row, length = self.sent[:, :3].long().unbind(1)
         h = encoder.embed(self.sent[:, 3:3 + T].long(), self.sent[:, 3 + W:3 + W + T].long())
         first = [s[row.clamp(max=self.N - 1)] for s in self.start]
@@ -240,9 +219,9 @@ def table(inputs, T, pad_id):
     return both, mask
 
 
-def upload(values, device, dtype=None):
-    """Numbers or an array -> a tensor on the device; pinned on its way to a GPU, so that no one need wait"""
-    x = torch.as_tensor(values, dtype=dtype)
+def upload(values, device):
+    """Numbers or an array -> a tensor on the device; memory is pinned for a GPU, so the host need not wait"""
+    x = torch.as_tensor(values)
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -257,7 +236,8 @@ def padded(T, encoder, device):
 
 
 def chunks(lengths, batch_size, device):
-    """Slices of at most batch_size rows, longest first, on a CPU of CHUNK_TOKENS too -> slice, longest T"""
+    """Slices of rows, longest first, and the length T of each slice's longest row. A slice has at most
+    batch_size rows, and on a CPU at most CHUNK_TOKENS tokens, unless one row alone has more."""
     start = 0
     while start < len(lengths):
         T, n = lengths[start], batch_size

@@ -1,14 +1,14 @@
 """PALBERT (Balagansky and Gavrilov, NeurIPS 2022): an encoder that learns after which layer to stop.
 
 This file follows section 3 of the paper: the distribution over exit layers, its prior, the losses, the exit
-rules, and the model with two loops: `forward` through every layer, and `predict`, which stops.
+rules, and the model with two loops: `forward` runs every layer, and `predict` stops.
 
     B batch   T tokens   H hidden   L layers (the paper's n)   C classes, 1 for regression
     h  hidden states after a layer       lam  lambda_i, the probability to stop at layer i once it is reached
     p  p(i|x), the exit distribution     q    the threshold of Q-exit
 
-The letters hold in every file; batch first, layers second; layers count 1..L. An encoder is anything that has
-num_layers, hidden_size, shared, embed, layer and pool, and for speed first and finish, as in albert.py.
+The letters hold in every file. Batch comes first, layers second, and layers count from 1 to L. An encoder
+has num_layers, hidden_size, shared, embed, layer and pool, and for speed first and finish, as in albert.py.
 """
 
 import math
@@ -25,7 +25,7 @@ import fast
 def exit_distribution(lam):
     """p(i|x) = lam_i * prod_{j<i} (1 - lam_j)   (section 3); lam (B,L) in [0,1] -> p (B,L), rows sum to 1
 
-    lam_L counts as 1, so that the last layer takes what is left: an open p would be rewarded for losing mass.
+    lam_L counts as 1, so the last layer takes what is left. Were the sum of p free, the loss would shrink it.
     """
     reach, p = torch.ones_like(lam[:, 0]), []                       # (B,) the probability to reach layer i
     for i in range(lam.shape[1] - 1):
@@ -46,6 +46,7 @@ def geometric_prior(lam_p, L):
 
 def kl_divergence(p, q):
     """KL(p || q) = sum_i p_i * log(p_i / q_i), 0 log 0 = 0; p (B,L), q (L,) or (B,L) -> (B,) in nats, >= 0"""
+    # At p_i = 0 the gradient of p log p is minus infinity, so log is taken of 1 there.
     return (torch.xlogy(p, torch.where(p > 0, p, 1)) - torch.xlogy(p, q)).sum(-1)
 
 
@@ -64,13 +65,12 @@ def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
     """-E_{i ~ p(i|x)} [log p(y|x,i)] + beta * KL(p(.|x) || p(.|lam_p))   (Eq. 1, negated; the batch's mean)
 
     logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,), beta >= 0 -> loss (), and its parts by
-    name: task, kl, expected_layer, the mean of sum_i i p_i, and cut_at_1, the share of rows cut at layer 1,
-    whose lambdas get no gradient. Where C = 1, -log p is (y - y_i)^2.
+    name: task, kl, expected_layer (the mean of sum_i i p_i) and cut_at_1 (the share of rows cut at layer 1,
+    whose lambdas get no gradient). Where C = 1, -log p is (y - y_i)^2.
 
-    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. What
-    is left is a model of j layers: layer j takes what remains of p and of the prior, as layer L does
-    elsewhere. So KL has no gradient where lambda is the prior's; were the prior not folded, training would
-    walk away.
+    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. The
+    model cut at j is a model of j layers, so layer j takes what remains of p and of the prior. Were the prior
+    not folded so, KL would have a gradient even where lambda is the prior's.
     """
     L, lam = logits.shape[1], lam.to(torch.promote_types(lam.dtype, torch.float32))
     eps = torch.finfo(lam.dtype).eps
@@ -78,9 +78,9 @@ def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
     layers = torch.arange(1, L + 1, device=lam.device)
     cdf = exit_distribution(lam).cumsum(1)                              # (B,L)
     j = 1 + (cdf[:, :-1] < 1 - cut).sum(1, keepdim=True)                # (B,1) the layer of the cut, or L
-    p = exit_distribution(torch.where(layers < j, lam, 1))              # (B,L) 0 behind j
-    left = prior.flip(0).cumsum(0).flip(0)                              # (L,) the prior from each layer on
-    folded = torch.where(layers == j, left, prior)                      # (B,L) read only where p is not 0
+    p = exit_distribution(torch.where(layers < j, lam, 1))              # (B,L) 0 after layer j
+    tail = prior.flip(0).cumsum(0).flip(0)                              # (L,) the prior from each layer on
+    folded = torch.where(layers == j, tail, prior)                      # (B,L) counts only where p is not 0
     task = (p * layer_losses(logits, labels)).sum(1).mean()             # weighted per row, before any mean
     kl = kl_divergence(p, folded).mean()
     parts = {"task": task, "kl": kl, "expected_layer": (p * layers).sum(1).mean(),
@@ -97,16 +97,16 @@ def layer_weighted_loss(logits, labels):
 
 
 def berxit_loss(logits, lam, labels):
-    """sum_i CE_i + sum_i (lam_i - u_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty of layer i.
+    """sum_i CE_i + sum_i (lam_i - t_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty of layer i.
 
-    u_i, without gradient, is 1 where layer i is right, else 0; for regression it is 1 - tanh|y - y_i|.
+    The target t_i has no gradient. It is 1 where layer i is right, else 0; for C = 1 it is 1 - tanh|y - y_i|.
     """
+    losses = layer_losses(logits, labels)                               # (B,L)
     if logits.shape[2] == 1:
-        right = 1 - torch.tanh(layer_losses(logits.detach(), labels).sqrt())        # (B,L)
+        target = 1 - torch.tanh(losses.detach().sqrt())                 # (B,L)
     else:
-        right = (logits.argmax(2) == labels[:, None]).float()                       # (B,L)
-    task = layer_losses(logits, labels).sum(1).mean()
-    certainty = ((lam - right) ** 2).sum(1).mean()
+        target = (logits.argmax(2) == labels[:, None]).float()          # (B,L)
+    task, certainty = losses.sum(1).mean(), ((lam - target) ** 2).sum(1).mean()
     return task + certainty, {"task": task.detach(), "certainty": certainty.detach()}
 
 
@@ -116,11 +116,10 @@ def expected_prediction(logits, p):
 
 
 # ---- exit rules ----
-# start(B, L, device) gives a rule's state, a tuple of tensors, rows first; step(state, i, lam, logits) gives
-# the next state and done (B,) bool, for i (B,) int64, the layer that each row has reached, lam (B,), logits
-# (B,C). So a few lines serve arrays of full depth, shrinking batches, and rows at different layers. The last
-# layer ends every row. A rule that cannot stop before some layer says so in `earliest`: no one need look
-# before it.
+# start(B, L, device) gives a rule's state: a tuple of tensors, rows first. step(state, i, lam, logits) gives
+# the next state and done (B,) bool, where i (B,) int64 is the layer that each row has reached, lam (B,) and
+# logits (B,C). Each row stands alone, so the same step serves full arrays, shrinking batches and rows at
+# different layers. The last layer ends every row. A rule that cannot stop early names its `earliest` layer.
 
 class QExit:
     """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], 1 is layer L."""
@@ -168,15 +167,14 @@ class PatienceExit:
 
     def step(self, state, i, lam, logits):
         before, agreed = state
-        if logits.shape[1] > 1:
-            now = logits.argmax(1).to(before.dtype)
-            same = now == before
-        elif self.tolerance is None:
+        if logits.shape[1] == 1 and self.tolerance is None:
             raise ValueError("patience on a regression task needs a tolerance within which two layers agree")
+        if logits.shape[1] == 1:
+            now, within = logits[:, 0], self.tolerance
         else:
-            now = logits[:, 0]
-            same = (now - before).abs() < self.tolerance
-        agreed = torch.where(same & (i > 1), agreed + 1, 0)
+            now, within = logits.argmax(1).to(before.dtype), 1          # other classes are 1 or more away
+        same = ((now - before).abs() < within) & (i > 1)                # before layer 1 there is none
+        agreed = torch.where(same, agreed + 1, 0)
         return (now, agreed), agreed >= self.t
 
 
@@ -236,9 +234,9 @@ def exit_layers(rule, logits, lam):
 class LambdaHead(nn.Module):
     """lam_i = sigmoid(MLP([h_i, h_{i-1}]))   (section 3.2), on tanh-pooled first tokens; gives lam_i's logit.
 
-    3 layers are three Linear(n,n) with tanh and a Linear(n,1), 1 is the Linear(n,1) alone; n is 2H with
-    concat; else h_i alone is read, and n is H (PonderNet). The last bias starts at logit(prior), so p starts
-    near the prior, and no layer is cut off from the gradient.
+    As published, num_layers=3 is three Linear(n,n) with tanh before the Linear(n,1), and 1 the Linear(n,1)
+    alone. n is 2H; without concat only h_i is read (PonderNet) and n is H. The last bias starts at
+    logit(prior), so p starts near the prior, where no layer is cut off from the gradient.
     """
 
     def __init__(self, hidden_size, num_layers=3, concat=True, prior=0.1, dropout=0.1):
@@ -266,7 +264,7 @@ class Ponder(nn.Module):
     """An encoder with a classifier and, if lambda_layers is not 0, a Lambda head after each layer.
 
     Only an encoder whose layers share their weights can run another num_layers than its own, else ValueError.
-    per_layer=True gives each layer a classifier of its own. Without a Lambda head lam is 0, so p sits on L.
+    per_layer=True gives each layer its own classifier. Without a Lambda head lam is 0, so all of p is on L.
     """
 
     def __init__(self, encoder, num_labels, num_layers=None, lambda_layers=3, concat=True, per_layer=False,
@@ -275,8 +273,8 @@ class Ponder(nn.Module):
         self.encoder, self.num_labels, self.dropout = encoder, num_labels, dropout
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         if self.num_layers < 1 or (self.num_layers != encoder.num_layers and not encoder.shared):
-            raise ValueError(f"{self.num_layers} layers asked of an encoder that has {encoder.num_layers}; "
-                             "only one whose layers share their weights can run another number, from 1 up")
+            raise ValueError(f"expected {encoder.num_layers} layers, or any number from 1 on of an encoder "
+                             f"whose layers share their weights, found {self.num_layers}")
         H = encoder.hidden_size
         heads = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
         for linear in heads:
@@ -287,7 +285,7 @@ class Ponder(nn.Module):
 
     def heads(self, i, pooled, previous):
         """pooled h_i and h_{i-1} (...,n,H) at layers i (n,) int64 -> logits (...,n,C), lam (...,n)"""
-        # In bf16 every lambda of a batch would start as one number, so the heads keep their parameters' type.
+        # In bf16 all lambdas of a batch would start as one number, so autocast is off for the heads.
         with torch.autocast(pooled.device.type, enabled=False):
             dtype = next(self.parameters()).dtype
             pooled, previous = pooled.to(dtype), previous.to(dtype)
@@ -304,23 +302,23 @@ class Ponder(nn.Module):
 
     def forward(self, ids, mask, segments):
         """Every layer: ids, segments (B,T) int64, mask (B,T) True = a token -> logits (B,L,C), lam (B,L)"""
-        B, L = len(ids), self.num_layers
-        h, firsts = self.encoder.embed(ids, segments), []               # (B,T,H)
-        last_layer = getattr(self.encoder, "first", self.encoder.layer)     # only its first token is read
-        for i in range(1, L + 1):
-            h = self.encoder.layer(i, h, mask) if i < L else last_layer(i, h, mask)         # (B,T,H)
+        L, h, firsts = self.num_layers, self.encoder.embed(ids, segments), []       # h (B,T,H)
+        for i in range(1, L):
+            h = self.encoder.layer(i, h, mask)                          # (B,T,H)
             firsts.append(h[:, 0])                                      # (B,H)
-        firsts = torch.stack(firsts, 1).flatten(0, 1)[:, None]          # (BL,1,H): all layers at once
-        pooled = self.encoder.pool(firsts).unflatten(0, (B, L))         # (B,L,H)
+        last_layer = getattr(self.encoder, "first", self.encoder.layer)
+        firsts.append(last_layer(L, h, mask)[:, 0])                     # nothing else is read of layer L
+        firsts = torch.stack(firsts, 1)                                 # (B,L,H)
+        pooled = self.encoder.pool(firsts.flatten(0, 1)[:, None]).view_as(firsts)
         previous = F.pad(pooled[:, :-1], (0, 0, 1, 0))                  # (B,L,H) zeros for h_0
         return self.heads(torch.arange(1, L + 1, device=ids.device), pooled, previous)
 
     @torch.no_grad()
     def predict(self, ids, mask, segments, rule):
         """Early exit: a row that stops leaves the batch. Arguments of forward -> logits (B,C), layers (B,)"""
-        B, L = len(ids), self.num_layers
-        rows, state = torch.arange(B, device=ids.device), rule.start(B, L, ids.device)
-        answers, layers = torch.zeros(B, self.num_labels, device=ids.device), torch.zeros_like(rows)
+        B, L, device = len(ids), self.num_layers, ids.device
+        rows, state = torch.arange(B, device=device), rule.start(B, L, device)
+        answers, layers = torch.zeros(B, self.num_labels, device=device), torch.zeros_like(rows)
         h = self.encoder.embed(ids, segments)                           # (B,T,H)
         previous = torch.zeros_like(h[:, 0])                            # (B,H)
         for i in range(1, L + 1):
