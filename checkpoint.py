@@ -16,7 +16,6 @@ import mmap
 import os
 import re
 import reprlib
-import shutil
 import stat
 import sys
 import tarfile
@@ -150,10 +149,6 @@ TRIES, PAUSE, SHOW_EVERY = 4, 1, 3      # the first pause and the time between t
 TIMEOUT = 10, 30                        # seconds to connect, and between bytes
 
 
-class Missing(InputError):
-    """The server has no such file."""
-
-
 def download(url, path, sha256=None, size=None, reader=None, token=None):
     """Fetches `path` from `url` and returns it as a Path. A file that is there already needs no network.
 
@@ -178,7 +173,7 @@ def fetch(url, path, sha256, size, reader, token):
     """Downloads until the file is whole; InputError where asking again does not help."""
     part = path.with_name(path.name + ".part")
     for pause in (1, 2, 4, None):
-        start = part.stat().st_size if part.exists() else 0
+        start, later = part.stat().st_size if part.exists() else 0, ""
         try:
             judge = request(url, part, start, sha256, size, token)
             sha256_file(part, judge)
@@ -186,27 +181,21 @@ def fetch(url, path, sha256, size, reader, token):
                 reader(part)
             os.replace(part, path)
             return
-        except requests.RequestException as error:
-            reason, wait = explain(error)
         except InputError:      # if an earlier call has left a wrong part, one more try helps
             part.unlink()
-            reason, wait = "what came is not the file that was published", 0 if start else None
-        if wait is None or pause is None:
-            kind = Missing if reason.endswith(" 404") else InputError
-            raise kind(f"could not fetch {path.name} from {url} ({reason}); try again, or put it at {path}")
-        wait = max(wait, pause * PAUSE)
+            reason, again = "what came is not the file that was published", start > 0
+        except requests.RequestException as error:
+            reason = f"{type(error).__name__}: is there a network, and is the address right?"
+            again = not isinstance(error, ValueError)       # which means a wrong address
+            if error.response is not None:
+                status, later = error.response.status_code, error.response.headers.get("Retry-After", "")
+                reason, again = f"the server answered {status}", status in (416, 429) or status >= 500
+        if pause is None or not again:
+            raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
+                             f"try again, or put it at {path}")
+        wait = max(pause * PAUSE, min(int(later), 120) if later.isdecimal() else 0)
         print(f"{path.name}: {reason}; asking again in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
-
-
-def explain(error):
-    """Why a request failed, and the seconds that the server wants to wait, or None where it has decided."""
-    if error.response is None:
-        wait = None if isinstance(error, ValueError) else 0     # a ValueError is a wrong address
-        return f"{type(error).__name__}: is there a network, and is the address right?", wait
-    status, later = error.response.status_code, error.response.headers.get("Retry-After", "")
-    wait = min(int(later), 120) if later.isdecimal() else 0
-    return f"the server answered {status}", wait if status in (416, 429) or status >= 500 else None
 
 
 def request(url, part, start, sha256, size, token):
@@ -227,17 +216,15 @@ def request(url, part, start, sha256, size, token):
         if start and sha256 is None:    # only a checksum may judge the bytes of two answers
             return request(url, part, 0, sha256, size, token)
         done = start if answer.status_code == 206 else 0
-        length = answer.headers.get("Content-Length", "")
-        size = size or (done + int(length) if length.isdecimal() else None)
-        shown = 0
+        size, shown = size or done + int(answer.headers.get("Content-Length") or MAX_BYTES), 0
         with open(part, "ab" if done else "wb") as file:
             for chunk in answer.iter_content(1 << 16):
                 done += len(chunk)
-                check(done <= (size or MAX_BYTES), f"the server sends more than {size or MAX_BYTES:,} bytes")
+                check(done <= size, f"the server sends more than {size:,} bytes")
                 file.write(chunk)
                 if time.monotonic() > shown + SHOW_EVERY:
                     shown = time.monotonic()
-                    print(f"{part.stem}: {done / 1e6:.1f} of {(size or 0) / 1e6:.1f} MB", file=sys.stderr)
+                    print(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB", file=sys.stderr)
             file.flush()
             os.fsync(file.fileno())
     return sha256
@@ -278,16 +265,12 @@ def extract_tar(path, folder, wanted):
 
 
 def extract_zip(path, folder, members):
-    """Unpacks members {name: the most bytes that it may have} of a .zip, which must all be there, into the
+    """Unpacks the members of these names, which must all be there, of a .zip whose checksum is known into the
     new folder `folder`; one that is there is taken as it is. -> folder"""
     if not folder.is_dir():
         with new_folder(folder, path) as temporary, zipfile.ZipFile(path) as archive:
-            for name, most in members.items():
-                size = archive.getinfo(name).file_size  # no more is read, and then the checksum is compared
-                check(size <= most, f"{name} has {size:,} bytes, more than {most:,}")
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(name) as stream, open(temporary / name, "xb") as out:
-                    shutil.copyfileobj(stream, out)
+            for name in members:
+                archive.extract(name, temporary)
     return folder
 
 
@@ -559,12 +542,12 @@ def published_folder(name):
     address, token = f"{hub.rstrip('/')}/{owner}/{name}/resolve/main/", os.environ.get("HF_TOKEN")
     old = "pytorch_model.bin"       # where the hub has no safetensors
     if (folder / old).is_file():
-        files.pop("model.safetensors")
+        del files["model.safetensors"]
     for file, sha256 in files.items():
         try:
             download(address + file, folder / file, sha256, None, READERS.get(file), token)
-        except Missing:
-            if file != "model.safetensors":
+        except InputError as error:
+            if file != "model.safetensors" or "answered 404" not in str(error):
                 raise
             download(address + old, folder / old, None, None, read_pytorch, token)
     return folder
@@ -679,19 +662,17 @@ def check_sizes(config):
     """Raises ValueError unless each field of an encoder's dataclass is of its type and in its range."""
     for field in dataclasses.fields(config):
         name, value, kind = field.name, getattr(config, field.name), type(field.default)
-        found = f"{name} is {shorten(value)}"
         if kind is int:
-            least = 0 if name == "pad_token_id" else 1
-            good = type(value) is int and least <= value <= 2**24
-            check(good, f"{found}, no whole number from {least} to {2**24:,}")
+            good = type(value) is int and (0 if name == "pad_token_id" else 1) <= value <= 2**24
         elif kind is float:
-            check(type(value) is float and 0 < value < 1, f"{found}, no number with a point between 0 and 1")
+            good = type(value) is float and 0 < value < 1
         else:
-            check(value in ("gelu", "gelu_new"), f"{found}, not gelu or gelu_new")
-    heads, last = config.num_attention_heads, min(config.vocab_size, config.max_position_embeddings - 1)
+            good = value in ("gelu", "gelu_new")
+        check(good, f"{name} is {shorten(value)}, which is no such {kind.__name__} as is built here")
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
     blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
-    check(config.num_hidden_layers <= 1000, f"num_hidden_layers is {config.num_hidden_layers}, over 1,000")
-    check(blocks <= 1000, f"num_hidden_groups * inner_group_num is {blocks}, over 1,000")
+    last = min(config.vocab_size, config.max_position_embeddings - 1)
+    check(max(layers, blocks) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
     check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
     check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 

@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -3216,7 +3217,7 @@ def unpacked(path):
         goal = Path(around, "goal")
         try:
             if path.suffix == ".zip":
-                checkpoint.extract_zip(path, goal, {"a/b": 100, "a/c": 10})
+                checkpoint.extract_zip(path, goal, ["a/b", "a/c"])
             else:
                 checkpoint.extract_tar(path, goal, "b|c+")
         finally:
@@ -3317,12 +3318,12 @@ def tf_table(dtype=1, shape=(2,), shard=0, offset=0, size=8, more=b"", name=b"w"
     return table([(b"", header), (name, value)])
 
 
-def lying_zip(size):
-    """So many zeros that say they are 50 bytes, in both of the archive's headers."""
-    data = bytearray(zip_of([("a/b", bytes(size)), ("a/c", b"t")]))
-    for start in (22, data.index(b"PK\1\2") + 24):
-        data[start:start + 4] = struct.pack("<I", 50)
-    return bytes(data)
+class Code:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
 FOLDER = {"type": tarfile.DIRTYPE}
@@ -3356,19 +3357,22 @@ BAD = {
     "a.bin": [saved(value) for value in (
         [torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, {"state_dict": {"a": torch.ones(1)}}, 3, ITSELF,
         {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1).expand(1 << 30)})]
-    + [zip_of([("a/data.pkl", b"")])],
+    + [zip_of([("a/data.pkl", b"")]), saved({"w": Code(bytearray, 1 << 33)}),
+       # 16 elements become 1.9e9, of the storage and of the tensor
+       saved({"w": torch.ones(16, dtype=torch.uint8)}, False).replace(b"K\x10", b"J\0\0\0\x70")],
     "a.tar": [b"", b"x" * 2000, *[tar_of(entries) for entries in (
         [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", b"1")] + [(f"d{i}", FOLDER) for i in range(10000)], [("b", {"size": 1 << 40})],
         [("b", LONG_NAME)], [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
-    "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")]), lying_zip(1 << 20),
-              zip_of([("a/b", b"d" * 101), ("a/c", b"t")])],
-}
+    "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")])]}
 BAD["a.tar.gz"] = [gzip.compress(data, 1) for data in BAD["a.tar"]]
 
 
-@pytest.mark.parametrize("name, number", [(name, number) for name in BAD for number in range(len(BAD[name]))])
-def test_a_hostile_file_is_refused_in_one_sentence_with_its_name_and_leaves_nothing(name, number, tmp_path):
-    assert name[:6] in refused(read_any, file_of(tmp_path, name, BAD[name][number]))
+@pytest.mark.parametrize("name, number", [(name, i) for name in BAD for i in range(len(BAD[name]))])
+def test_a_hostile_file_is_refused_by_its_name_leaves_nothing_and_takes_no_memory(name, number, tmp_path):
+    path = file_of(tmp_path, name, BAD[name][number])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert name[:6] in refused(read_any, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000    # KB
 
 
 @pytest.mark.parametrize("reader", ["json", "safetensors", "pytorch", "tf_checkpoint", "weights"])
@@ -3387,45 +3391,6 @@ def test_a_damaged_file_in_the_cache_is_to_be_deleted_and_another_to_be_fetched_
     for folder, words in ((tmp_path, "get it again"), (tmp_path / "cache" / "m", "delete it")):
         message = refused(checkpoint.read_json, put(folder / "config.json", b"{"))
         assert words in message and str(folder / "config.json") in message
-
-
-class Code:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_huge_declared_sizes_take_no_memory(tmp_path):
-    old = saved({"w": torch.ones(1 << 4, dtype=torch.uint8)}, False)
-    assert b"K\x10" in old    # 16 elements become 1.9e9, of the storage and of the tensor
-    for name, data in {
-            "0.safetensors": header_file({"a": entry([1 << 33], [0, 1 << 35])}), "3.bin": old,
-            "1.index": tf_table(shape=(1 << 33,), size=1 << 35), "2.index": table(entries=ENDLESS_KEYS),
-            "4.bin": old.replace(b"K\x10", b"J\0\0\0\x70"), "5.bin": saved({"w": Code(bytearray, 1 << 33)}),
-            "6.tar.gz": gzip.compress(tar_of([("a", LONG_NAME)])), "8.zip": lying_zip(100 << 20)}.items():
-        put(tmp_path / name, data)
-    program = f"""
-import resource, sys
-sys.path.insert(0, {str(HERE)!r})
-import checkpoint as c
-from pathlib import Path
-folder = Path({str(tmp_path)!r})
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-c.read_weights(folder / "3.bin")
-before = peak()
-for path in sorted(folder.glob("[!3]*")):
-    try:
-        if path.suffix == ".gz": c.extract_tar(path, folder / "goal", ".*")
-        elif path.suffix == ".zip": c.extract_zip(path, folder / "goal", {{"a/b": 50}})
-        else: c.read_weights(path)
-        print("read", path.name)
-    except c.InputError: pass
-    if peak() - before > 60: print(path.name, peak() - before, "MB")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
 
 # ---- files: what is whole is read right, what is written ----
@@ -3526,21 +3491,16 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_pat
             torch.save({"a": torch.ones(1 << 16)}, full)
 
     assert "No space left" in refused(save_to_a_full_disk)
+    for place in (path / "g", tmp_path / "no" / "g", tmp_path, tmp_path / ("x" * 300)):
+        refused(checkpoint.write_json, place, {})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        assert "No space left" in refused(checkpoint.write_safetensors, path, {"a": torch.ones(3)})
+        assert "No space left" in refused(checkpoint.write_json, path, {})
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     with checkpoint.atomic_write(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
-    put(tmp_path / "f", b"")
-    for path in (tmp_path / "f" / "g", tmp_path / "no" / "g", tmp_path, tmp_path / ("x" * 300)):
-        refused(checkpoint.write_safetensors, path, {"a": torch.ones(1)})
-    assert os.listdir(tmp_path) == ["f"]
 
 
 OWN = {"weight": torch.empty(2, 3, device="meta"), "ids": torch.empty(3, dtype=torch.int64, device="meta")}
@@ -3581,11 +3541,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.answer(*self.server.files[self.path])
         elif way.isdecimal() or (way == "busy" and first):
             self.answer(int(way) if way.isdecimal() else 503, b"no")
-        elif way in ("no-range", "wrong-range"):
-            self.answer(206 if start and way == "wrong-range" else 200, BODY, cut=cut)
-        elif way in ("stall", "always-breaks"):
-            self.answer(200, BODY, cut=1000)
-            self.server.gate.wait(1 if way == "stall" else 0)
+        elif way in ("no-range", "always-breaks"):
+            self.answer(200, BODY, cut=1000 if way == "always-breaks" else cut)
         elif start >= len(BODY):
             self.answer(416, b"")
         else:
@@ -3629,7 +3586,7 @@ def test_a_download_is_whole_and_a_cached_file_touches_no_network(server, tmp_pa
     assert "SHA-256" in refused(checkpoint.download, "http://nowhere.invalid/", path, "0" * 64)
 
 
-@pytest.mark.parametrize("way", ["breaks", "no-range", "wrong-range", "busy", "good"])
+@pytest.mark.parametrize("way", ["breaks", "no-range", "busy", "good"])
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_download_ends_well_though_the_server(way, checked, server, tmp_path, capsys):
     path = checkpoint.download(server.url + way, tmp_path / "file", DIGEST if checked else None)
@@ -3642,14 +3599,15 @@ def test_a_download_ends_well_though_the_server(way, checked, server, tmp_path, 
 
 @pytest.mark.parametrize("way, requests_made, said", [
     ("404", 1, "404"), ("403", 1, "403"), ("429", 4, "429"), ("503", 4, "503"), ("good", 1, "more than 1,000"),
-    ("stall", 4, "network"), ("always-breaks", 4, "network")])
+    ("always-breaks", 4, "network"), ("http://127.0.0.1:9/a", 0, "network"), ("nonsense:", 0, "network"),
+    ("https://no-such.invalid/b", 0, "network")])
 def test_a_download_fails_in_one_sentence_and_leaves_nothing_at_its_goal(
-        way, requests_made, said, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "TIMEOUT", (5, 0.3 if way == "stall" else 5))
-    size = 1000 if way == "good" else None
-    message = refused(checkpoint.download, server.url + way, tmp_path / "file", DIGEST, size)
+        way, requests_made, said, server, tmp_path):
+    url, size = way if ":" in way else server.url + way, 1000 if way == "good" else None
+    message = refused(checkpoint.download, url, tmp_path / "file", DIGEST, size)
     assert said in message and str(tmp_path / "file") in message and not (tmp_path / "file").exists()
-    assert len(server.asked[f"/{way}"]) == requests_made
+    assert len(server.asked.get(f"/{way}", [])) == requests_made
+    assert "verify" not in Path(checkpoint.__file__).read_text()        # TLS always is
 
 
 def test_a_busy_server_is_asked_when_it_says_but_within_two_minutes(server, tmp_path, monkeypatch, capsys):
@@ -3673,14 +3631,6 @@ def test_a_part_is_gone_on_from_only_where_a_checksum_judges_and_a_wrong_one_is_
     assert server.asked["/good"] == asked and sorted(os.listdir(tmp_path)) == [".lock", "file"]
     assert "published" in refused(checkpoint.download, server.url + "good", tmp_path / "other", "0" * 64)
     assert sorted(os.listdir(tmp_path)) == [".lock", "file"]
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a", "https://no-such.invalid/b", "nonsense"])
-def test_without_a_network_one_sentence_names_the_address_and_tls_is_verified(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.01)
-    message = refused(checkpoint.download, url, tmp_path / "file")
-    assert url in message and "network" in message and not (tmp_path / "file").exists()
-    assert "verify" not in Path(checkpoint.__file__).read_text()
 
 
 def test_a_goal_that_cannot_be_written_is_one_sentence(server, tmp_path, monkeypatch):
