@@ -145,7 +145,7 @@ def lock(file, wait=False):
 
 # ---- download ----
 
-TRIES, PAUSE, SHOW_EVERY = 4, 1, 3      # the first pause and the time between two progress lines, in s
+PAUSES, SHOW_EVERY = (1, 2, 4), 3       # seconds before asking again, and between two progress lines
 TIMEOUT = 10, 30                        # seconds to connect, and between bytes
 
 
@@ -172,7 +172,7 @@ def download(url, path, sha256=None, size=None, reader=None, token=None):
 def fetch(url, path, sha256, size, reader, token):
     """Downloads until the file is whole; InputError where asking again does not help."""
     part = path.with_name(path.name + ".part")
-    for pause in (1, 2, 4, None):
+    for pause in (*PAUSES, None):
         start, later = part.stat().st_size if part.exists() else 0, ""
         try:
             judge = request(url, part, start, sha256, size, token)
@@ -193,7 +193,7 @@ def fetch(url, path, sha256, size, reader, token):
         if pause is None or not again:
             raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
                              f"try again, or put it at {path}")
-        wait = max(pause * PAUSE, min(int(later), 120) if later.isdecimal() else 0)
+        wait = max(pause, min(int(later), 120) if later.isdecimal() else 0)
         print(f"{path.name}: {reason}; asking again in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -668,7 +668,7 @@ def check_sizes(config):
             good = type(value) is float and 0 < value < 1
         else:
             good = value in ("gelu", "gelu_new")
-        check(good, f"{name} is {shorten(value)}, which is no such {kind.__name__} as is built here")
+        check(good, f"{name} is {shorten(value)}, of another type or out of range")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
     last = min(config.vocab_size, config.max_position_embeddings - 1)

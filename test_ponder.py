@@ -2118,12 +2118,10 @@ def test_folders_that_transformers_saves_load_to_its_outputs(kind, form, tmp_pat
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.1)
-    theirs.config.save_pretrained(tmp_path)
-    if form == "safetensors":
-        theirs.save_pretrained(tmp_path)
-    else:
-        prefix = "" if kind.endswith("Model") else f"{theirs.base_model_prefix}."
-        buffer = {f"{prefix}embeddings.position_ids": torch.arange(20)[None]}
+    theirs.save_pretrained(tmp_path)
+    if form == "pytorch":
+        (tmp_path / "model.safetensors").unlink()
+        buffer = {"embeddings.position_ids": torch.arange(20)[None]}
         torch.save(theirs.state_dict() | buffer, tmp_path / "pytorch_model.bin")
     ours = load(tmp_path, config)
     ids, mask, segments = random_batch(config, 5, 9)
@@ -3361,8 +3359,9 @@ BAD = {
        # 16 elements become 1.9e9, of the storage and of the tensor
        saved({"w": torch.ones(16, dtype=torch.uint8)}, False).replace(b"K\x10", b"J\0\0\0\x70")],
     "a.tar": [b"", b"x" * 2000, *[tar_of(entries) for entries in (
-        [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", b"1")] + [(f"d{i}", FOLDER) for i in range(10000)], [("b", {"size": 1 << 40})],
-        [("b", LONG_NAME)], [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
+        [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
+        [("b", b"1")] + [(str(i), FOLDER) for i in range(10000)], [("b", LONG_NAME)],
+        [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
     "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")])]}
 BAD["a.tar.gz"] = [gzip.compress(data, 1) for data in BAD["a.tar"]]
 
@@ -3422,13 +3421,7 @@ def test_shards_are_read_by_their_index_and_only_from_its_folder(tmp_path):
         refused(checkpoint.read_weights, path)
 
 
-def test_crc32c_equals_the_known_vectors_of_rfc_3720():
-    vectors = {b"123456789": 0xE3069283, b"": 0, bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43,
-               bytes(range(32)): 0x46DD794E, bytes(range(31, -1, -1)): 0x113FDB5C}
-    assert [checkpoint.crc32c(data) for data in vectors] == list(vectors.values())
-
-
-def test_checkpoints_that_tensorflow_wrote_are_read_exactly_in_shards_too_and_without_their_strings(tmp_path):
+def test_checkpoints_that_tensorflow_wrote_are_read_exactly_without_their_strings(tmp_path):
     weights = checkpoint.read_tf_checkpoint(TF_PREFIX)
     assert weights.pop("global_step").item() == 7
     assert alike(weights, {name: torch.tensor(value) for name, value in tf_values().items()})
@@ -3463,17 +3456,6 @@ def test_code_in_a_pytorch_file_is_refused_and_not_run(tmp_path):
 UNWANTED = [("../x", b"1"), ("/tmp/x", b"1"), ("link", LINK), ("hard", LINK | {"type": tarfile.LNKTYPE}),
             ("pipe", {"type": tarfile.FIFOTYPE}), ("device", {"type": tarfile.CHRTYPE, "devmajor": 1}),
             ("._a.json", b"macOS"), ("top", FOLDER)]
-
-
-def test_unwanted_members_never_stop_an_archive_and_a_folder_that_is_there_is_taken(tmp_path):
-    path = put(tmp_path / "a.tar", tar_of([*UNWANTED, ("b", b"1")]))
-    folder = checkpoint.extract_tar(path, tmp_path / "deep" / "all", "b|c+")
-    assert os.listdir(folder) == ["b"] and os.listdir(tmp_path / "deep") == ["all"]
-    path.unlink()
-    assert checkpoint.extract_tar(path, folder, "b|c+") == folder
-    members = [("a/", b""), ("a/b", b"d"), ("a/c", b"t"), ("__MACOSX/a/._b", b"junk"), ("../../x", b"1")]
-    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
-        assert unpacked(put(tmp_path / "a.zip", zip_of(members, method))) == {"a/b": b"d", "a/c": b"t"}
 
 
 def no_space(*_):
@@ -3570,7 +3552,7 @@ def serve():
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01, 0.01, 0.01))
     with serve() as server:
         yield server
 
@@ -3598,7 +3580,7 @@ def test_a_download_ends_well_though_the_server(way, checked, server, tmp_path, 
 
 
 @pytest.mark.parametrize("way, requests_made, said", [
-    ("404", 1, "404"), ("403", 1, "403"), ("429", 4, "429"), ("503", 4, "503"), ("good", 1, "more than 1,000"),
+    ("404", 1, "404"), ("403", 1, "403"), ("429", 4, "429"), ("503", 4, "503"), ("good", 1, "than 1,000"),
     ("always-breaks", 4, "network"), ("http://127.0.0.1:9/a", 0, "network"), ("nonsense:", 0, "network"),
     ("https://no-such.invalid/b", 0, "network")])
 def test_a_download_fails_in_one_sentence_and_leaves_nothing_at_its_goal(
@@ -3612,7 +3594,7 @@ def test_a_download_fails_in_one_sentence_and_leaves_nothing_at_its_goal(
 
 def test_a_busy_server_is_asked_when_it_says_but_within_two_minutes(server, tmp_path, monkeypatch, capsys):
     slept = []
-    monkeypatch.setattr(checkpoint, "PAUSE", 1)
+    monkeypatch.setattr(checkpoint, "PAUSES", (1, 2, 4))
     monkeypatch.setattr(checkpoint.time, "sleep", slept.append)
     for later in ("7", "99999999", "Fri, 27 Nov 2026 00:00:00 GMT"):
         server.files["/file"] = 429, b"", {"Retry-After": later}
