@@ -40,16 +40,12 @@ class AlbertConfig:
         check_sizes(self)
         check(self.num_hidden_groups <= self.num_hidden_layers, "num_hidden_groups is over num_hidden_layers")
 
-    @classmethod
-    def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
-        return make_config(cls, values, MUST_BE, source)
+    from_json = classmethod(make_config)
+    # Keys of config.json that would change the computation, with the one value that is computed here.
+    must_be = {"position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,
+               "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
+               "add_cross_attention": False}
 
-
-# Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"model_type": "albert", "position_embedding_type": "absolute", "net_structure_type": 0,
-           "gap_size": 0, "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
-           "add_cross_attention": False}
 
 GROWN = {
     "base": {},

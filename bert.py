@@ -33,10 +33,9 @@ class BertConfig:
     def __post_init__(self):
         check_sizes(self)
 
-    @classmethod
-    def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
-        return make_config(cls, values, MUST_BE | {"model_type": cls.model_type}, source)
+    from_json = classmethod(make_config)
+    # Keys of config.json that would change the computation, with the one value that is computed here.
+    must_be = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,6 @@ class RobertaConfig(BertConfig):
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
 
-
-# Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
 SIZES = {

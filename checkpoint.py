@@ -675,12 +675,12 @@ def check_sizes(config):
     check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 
 
-def make_config(config_class, values, must_be, source):
-    """An encoder's dataclass from the dict of a config.json. must_be: the keys that would change the
-    computation, with the one value of each that is computed here; other keys without a field are ignored."""
+def make_config(config_class, values, source="config.json"):
+    """An encoder's dataclass from the dict of a config.json. Keys of its must_be with other values are an
+    InputError, for they would change the computation; other keys without a field are ignored."""
     known = {field.name for field in dataclasses.fields(config_class)}
     with guard(source, "config of such a model"):
-        for key, only in must_be.items():
+        for key, only in {"model_type": config_class.model_type, **config_class.must_be}.items():
             found = values.get(key, only)
             check(found == only, f"{key} is {shorten(found)}, and only {only} is built here")
         return config_class(**{key: value for key, value in values.items() if key in known})
