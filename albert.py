@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import check, check_sizes, load_pretrained, make_config
+from checkpoint import check_sizes, load_pretrained, make_config
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ class AlbertConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
-    def __post_init__(self):
-        check_sizes(self)
-        check(self.num_hidden_groups <= self.num_hidden_layers, "num_hidden_groups is over num_hidden_layers")
-
+    __post_init__ = check_sizes
     from_json = classmethod(make_config)
     # Keys of config.json that would change the computation, with the one value that is computed here.
     must_be = {"position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,

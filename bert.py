@@ -30,9 +30,7 @@ class BertConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
-    def __post_init__(self):
-        check_sizes(self)
-
+    __post_init__ = check_sizes
     from_json = classmethod(make_config)
     # Keys of config.json that would change the computation, with the one value that is computed here.
     must_be = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}

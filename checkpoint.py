@@ -668,9 +668,10 @@ def check_sizes(config):
             good = value in ("gelu", "gelu_new")
         check(good, f"{name} is {shorten(value)}, of another type or out of range")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
+    groups, inner = getattr(config, "num_hidden_groups", 1), getattr(config, "inner_group_num", 1)
     last = min(config.vocab_size, config.max_position_embeddings - 1)
-    check(max(layers, blocks) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
+    check(max(layers, groups * inner) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
+    check(groups <= layers, "num_hidden_groups is over num_hidden_layers")
     check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
     check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 
