@@ -2099,7 +2099,8 @@ def write_folder(folder, config, weights, form="model.safetensors"):
 
 def folder_of(folder, config, weights=None):
     values = {"model_type": config.model_type} | dataclasses.asdict(config)
-    return write_folder(folder / "model", values, hub_weights(encoder(config)) if weights is None else weights)
+    weights = hub_weights(encoder(config)) if weights is None else weights
+    return write_folder(folder / "model", values, weights)
 
 
 def load(folder, config):
