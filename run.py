@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -153,25 +152,25 @@ class Parser(argparse.ArgumentParser):
 # ---- device and precision ----
 
 def choose_device(name=None):
-    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Where torchrun started
-    this process, cuda is the GPU of its rank. InputError where there is no such device."""
-    rank, GPUs = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
-    mps = torch.backends.mps.is_available() and rank is None        # processes cannot talk through it
-    found = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. torchrun gives each of
+    its processes a GPU of its own, by its rank. InputError where there is no such device."""
+    rank, count, names = os.environ.get("LOCAL_RANK"), torch.cuda.device_count(), ["cpu"]
+    if rank is None and torch.backends.mps.is_available():
+        names.append("mps")             # through which processes cannot talk
+    if count > int(rank or 0):
+        names.append("cuda")
+    if rank is None:
+        names += [f"cuda:{n}" for n in range(count)]
     if name is None:
-        name = next(kind for kind in found if found[kind])
-    if not re.fullmatch("cuda(:[0-9]{1,4})?|mps|cpu", name):
-        raise InputError(f"--device {name}: expected cuda, cuda:N, mps or cpu")
-    kind, _, given = name.partition(":")
-    number = int(given or rank or 0)
-    if not found[kind] or (kind == "cuda" and number >= GPUs) or (given and rank is not None):
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} for this "
-                         f"process; use cpu, or one of {GPUs} GPUs, of which torchrun's processes take one "
-                         "each by --device cuda")
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.cuda.set_device(number)
-    return torch.device(kind, number)
+        name = "cuda" if count else names[-1]
+    if name not in names:
+        raise InputError(f"--device {name}: expected one of those that PyTorch {torch.__version__} finds for "
+                         f"this process, {', '.join(names)}; of torchrun's processes each needs a GPU")
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(rank or device.index or 0))
+        torch.cuda.set_device(device.index)
+    return device
 
 
 def autocast(device, precision=None):

@@ -103,21 +103,6 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     return {name: part * share for name, part in ({"loss": loss.detach()} | parts).items()}
 
 
-def evaluate(model, settings, dev):
-    """{"score", "mean_layer", "metrics"} by the run's own exit, and mean p by layer, over the splits dev
-    {split: (inputs, labels)}; the score is the mean over splits (MNLI has two)."""
-    trees = []
-    model.eval()
-    for split, (inputs, labels) in dev.items():
-        logits, lam = all_layers(model, inputs, precision=settings.precision)
-        metrics, layer = mean_scores(settings.exit, settings, logits, lam, labels)
-        trees.append({"score": metrics["score"], "mean_layer": layer, "metrics": {split: metrics},
-                      "p": exit_distribution(lam).mean(0).tolist()})
-    model.train()
-    mean = mean_of(trees)
-    return mean, mean.pop("p")
-
-
 # ---- one run ----
 
 def on_rank_0(work):
@@ -154,18 +139,6 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def lock(file):
-    """A run has one writer: InputError where another process has locked the file and not yet closed it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{file.name}: another process trains this run; wait for that or give another "
-                         "--name") from None
-    except (ImportError, OSError):      # Windows, or a file system without locks
-        pass
-
-
 class Training:
     """One run in one process. Rank 0 alone writes, reads results and decides."""
 
@@ -180,7 +153,13 @@ class Training:
         settings, self.folder = self.settings, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "ab")
-        lock(self.file)
+        try:                                    # a run has one writer
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains it; wait or give another --name") from None
+        except (ImportError, OSError):          # Windows, or a file system without locks
+            pass
         self.made = os.listdir(folder) == ["metrics.jsonl"]
         values = read_run(folder)[1] if (folder / "run.json").exists() else {}
         if values.get("finished"):
@@ -191,12 +170,9 @@ class Training:
             examples = load(settings.task, "train", settings.data_dir)
             self.tokenizer, self.model = make_model(settings, folder, examples)
             encoder = self.model.encoder.config.model_type
-            values = describe(settings, self.device) | {"encoder": encoder} | origin
-            write_json(folder / "run.json", values)
+            write_json(folder / "run.json", describe(settings, self.device) | {"encoder": encoder} | origin)
         elif hashes(sources(settings.task, settings.data_dir)) != values.get("data"):
-            raise InputError(f"{folder}: the task's files have changed since then; put them back or train "
-                             "anew")
-        return None
+            raise InputError(f"{folder}: the task's files have changed; put them back or train anew")
 
     def close(self):
         """Unlock the folder, and remove it if nothing came of it."""
@@ -313,21 +289,33 @@ class Training:
                     f"python train.py --resume {shlex.quote(str(self.folder))}")
                 sys.exit(130)
 
+    def read_dev(self):
+        """{split: (logits (N,L,C), lam (N,L), labels)} of the dev set, of which MNLI has two"""
+        self.model.eval()
+        return {split: (*all_layers(self.model, inputs, precision=self.settings.precision), labels)
+                for split, (inputs, labels) in self.dev.items()}
+
     def judge(self, epoch):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
-        settings = self.settings
+        settings, parts = self.settings, []
         try:
-            dev, p = evaluate(self.model, settings, self.dev)
+            for split, (logits, lam, labels) in self.read_dev().items():
+                metrics, layer = mean_scores(settings.exit, settings, logits, lam, labels)
+                parts.append({"score": metrics["score"], "mean_layer": layer, "metrics": {split: metrics},
+                              "p": exit_distribution(lam).mean(0).tolist()})
         except InputError as error:
             raise InputError(f"step {self.step}: {error}") from None
+        self.model.train()
+        dev = mean_of(parts)
+        p, score = dev.pop("p"), dev["score"]
         self.write({"step": self.step, "epoch": epoch, "dev": dev, "p": p})
         draws = f", mean of {DRAWS} draws," if settings.exit == "sample" else ""
-        say(f"epoch {epoch}: dev {settings.task} {dev['score']:.1f} by {settings.exit} exit{draws} "
+        say(f"epoch {epoch}: dev {settings.task} {score:.1f} by {settings.exit} exit{draws} "
             f"at layer {dev['mean_layer']:.2f} of {self.model.num_layers}")
-        if dev["score"] <= self.best:
+        if score <= self.best:
             return self.best, self.best_epoch
         write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
-        return dev["score"], epoch
+        return score, epoch
 
     def train(self):
         """The epochs that are left -> the results on dev by exit, which run.json keeps"""
@@ -349,17 +337,15 @@ class Training:
 
     def finish(self, epochs):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
-        settings, values = self.settings, read_run(self.folder)[1]
-        model = fill(self.model, self.folder / "model.safetensors", self.device)
-        outputs = {split: (*all_layers(model, inputs, precision=settings.precision), labels)
-                   for split, (inputs, labels) in self.dev.items()}
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
+        fill(self.model, self.folder / "model.safetensors", self.device)
+        values = read_run(self.folder)[1] | study(self.settings, self.read_dev())
         values |= {"finished": True, "steps": self.step, "epochs": epochs, "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
-        write_json(self.folder / "run.json", values | study(settings, outputs))
+        write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
         say(f"the best epoch was {self.best_epoch}, and with its weights:")
-        return read_run(self.folder)[1]["dev"]
+        return values["dev"]
 
 
 def run(settings, folder=None):
@@ -387,9 +373,8 @@ def run(settings, folder=None):
 
 def folders(settings):
     """Where a run may be: its name, and where that is taken the same with -2, -3, ..."""
-    yield RUNS / run_name(settings)
-    for n in itertools.count(2):
-        yield RUNS / f"{run_name(settings)}-{n}"
+    for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        yield RUNS / f"{run_name(settings)}{end}"
 
 
 def new_folder(settings):
@@ -401,15 +386,15 @@ def new_folder(settings):
 
 
 def find_own(settings, origin, name=None):
-    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name,
-    or the first of its names that holds it or is free. InputError where the name is another run's."""
+    """The folder of the run of these settings and origin: that of the name, or the first of its names that
+    holds it or is free. InputError where the name is another run's."""
     for folder in folders(settings) if name is None else [RUNS / name]:
         if not (folder / "run.json").exists():
-            return folder, None
+            return folder
         before, values = read_run(folder)
         before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
         if before == settings and {key: values.get(key) for key in origin} == origin:
-            return folder, values["dev"] if values.get("finished") else None
+            return folder
     raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
 
 
@@ -420,13 +405,12 @@ def train_all(runs, origin, dry_run):
     prints their commands instead -> the scores of the others"""
     scores = []
     for settings in runs:
-        folder, results = on_rank_0(lambda: find_own(settings, origin))
-        if results is None and dry_run:
+        folder = on_rank_0(lambda: find_own(settings, origin))
+        finished = (folder / "run.json").exists() and read_run(folder)[1].get("finished")
+        if dry_run and not finished:
             say(command(settings, folder.name), sys.stdout)
-            continue
-        if results is None:
-            results = run(settings, folder)
-        scores.append(results[settings.exit]["score"])
+        else:
+            scores.append(run(settings, folder)[settings.exit]["score"])
     return scores
 
 
@@ -495,19 +479,19 @@ def main(argv=None):
     name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
     grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
     settings = make_settings(**flags)
-    if settings.exit not in settings.exits:
-        raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
-                         + " or ".join(settings.exits))
-    if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
-        raise InputError(f"--name {name!r}: expected the name of a folder under {RUNS}/")
-    if seeds is not None and not 1 <= seeds <= 9999:
-        raise InputError(f"--seeds {seeds}: expected a whole number from 1 to 9999")
-    if dry_run and not (seeds or grid):
-        raise InputError("--dry-run: expected together with --seeds or --grid")
-    if resume is not None and (flags or name or seeds or grid):
-        raise InputError("--resume goes on with the settings that the run has; give it without others")
-    if name is not None and (seeds or grid):
-        raise InputError("--name: runs of --seeds and --grid have names of their own")
+    several, exits = seeds is not None or grid, " or ".join(settings.exits)
+    for wrong, sentence in (
+            (settings.exit not in settings.exits,
+             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {exits}"),
+            (name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)),
+             f"--name {name!r}: expected the name of a folder under {RUNS}/"),
+            (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
+            (seeds is not None and not 1 <= seeds <= 9999, f"--seeds {seeds}: expected from 1 to 9999"),
+            (dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
+            (resume is not None and (flags or name or several),
+             "--resume goes on with the settings that the run has; give it without others")):
+        if wrong:
+            raise InputError(sentence)
     if "LOCAL_RANK" in os.environ:      # by torchrun; what the host decides goes by gloo, without a GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
@@ -515,10 +499,10 @@ def main(argv=None):
     if resume is not None:
         folder = on_rank_0(lambda: find_run(resume or None, unfinished=True))
         run(read_run(folder)[0], folder)
-    elif seeds or grid:
+    elif several:
         protocol(settings, seeds or 0, grid, dry_run)
     elif name is not None:
-        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name))[0])
+        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name)))
     else:
         run(settings)
 
