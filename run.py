@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -283,12 +282,10 @@ def fill(model, path, device):
 def load_run(folder, device=None):
     """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode
     on the device (None: the first that is there). InputError for a folder that is not whole."""
-    folder = Path(folder)
-    settings, values = read_run(folder)
-    for name, digest in values.get("files", {}).items():
-        if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that the run ended with, by its sha256; "
-                             "get a whole copy or train again")
+    folder, (settings, values) = Path(folder), read_run(folder)
+    for name, sha256 in values.get("files", {}).items():    # half a spiece.model is a whole smaller one
+        if sha256_file(folder / name) != sha256:
+            raise InputError(f"{folder / name}: not the file that the run ended with; train again")
     tokenizer, model = open_run(folder, settings)
     return settings, tokenizer, fill(model, folder / "model.safetensors", device or choose_device())
 
@@ -300,8 +297,7 @@ def read_run(folder):
     try:
         return make_settings(**values["settings"]), values
     except (InputError, KeyError, TypeError) as error:
-        reason = f"not what train.py writes ({error}); get a whole copy or train again"
-        raise InputError(f"{path}: {reason}") from None
+        raise InputError(f"{path}: not what train.py writes ({error}); train again") from None
 
 
 def find_run(name=None, unfinished=False):
@@ -317,13 +313,13 @@ def find_run(name=None, unfinished=False):
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if not unfinished or not read_run(path.parent)[1].get("finished"):
             return path.parent
-    raise InputError(f"no run with a {ready} under {RUNS}/ here; python train.py makes one")
+    raise InputError(f"no run with a {ready} under {RUNS}/; python train.py makes one")
 
 
 def run_name(settings):
     """The name of a run: task, method, model, what differs from the preset, and the seed"""
-    names = [name for name in changed_settings(settings) if name not in ("seed", *PLACE)]
-    changed = [f"{name}{getattr(settings, name)}" for name in names]
+    changed = [f"{name}{getattr(settings, name)}" for name in changed_settings(settings)
+               if name not in ("seed", *PLACE)]
     task, model = Path(settings.task).name, Path(settings.model).name
     return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
@@ -345,15 +341,11 @@ def origin_of(settings):
 
 
 def describe(settings, device):
-    """What run.json records so that a number can be traced: settings, versions, device, precision, commit"""
-    here, commit = Path(__file__).parent, None
-    if (here / ".git").exists():
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    """What run.json records so that a number can be traced: settings, versions, device, precision"""
     versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
     bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
-            "precision": "bf16" if bf16 else "float32", "commit": commit,
+            "precision": "bf16" if bf16 else "float32",
             "versions": {"python": platform.python_version()} | versions}
 
 

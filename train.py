@@ -337,8 +337,8 @@ class Training:
 
     def finish(self, epochs):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
-        kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
         fill(self.model, self.folder / "model.safetensors", self.device)
+        kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
         values = read_run(self.folder)[1] | study(self.settings, self.read_dev())
         values |= {"finished": True, "steps": self.step, "epochs": epochs, "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
