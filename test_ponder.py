@@ -864,7 +864,7 @@ def test_every_method_trains_classes_and_numbers(method, task, rte, here, capsys
                                          "spiece.model"]
     assert "step 1 of at most 3" in said and "the best epoch was 1" in said
     *steps, dev = log_of("x")
-    assert [line["step"] for line in steps] == [1, 2, 3] and len(dev["p"]) == 2
+    assert [line["step"] for line in steps] == [1, 2, 3] and len(dev["dev"]["p"]) == 2
     if method in ("palbert", "pondernet"):
         assert all(line["loss"] == pytest.approx(line["task"] + 0.02 * line["kl"]) for line in steps)
     assert ("lambda_lr" in steps[0]) == (method == "palbert") and steps[0]["lr"] == pytest.approx(1e-5)

@@ -36,12 +36,12 @@ import torch.distributed as dist
 from checkpoint import InputError, atomic_write, check, guard, read_torch, write_json, write_safetensors
 from fast import pad, upload
 from glue import buckets, load, sources
-from paper import mean_of, study
+from paper import exit_result, mean_of, study
 from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
                     layer_weighted_loss)
 from run import (DRAWS, PLACE, RUNS, Parser, Settings, all_layers, autocast, changed_settings, choose_device,
-                 describe, fill, find_run, flag, hashes, make_model, make_settings, mean_scores, open_run,
-                 origin_of, read_run, read_split, run_main, run_name, say, splits_of)
+                 describe, fill, find_run, flag, hashes, make_model, make_settings, open_run, origin_of,
+                 read_run, read_split, run_main, run_name, say, splits_of)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -297,21 +297,19 @@ class Training:
 
     def judge(self, epoch):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
-        settings, parts = self.settings, []
+        settings = self.settings
         try:
-            for split, (logits, lam, labels) in self.read_dev().items():
-                metrics, layer = mean_scores(settings.exit, settings, logits, lam, labels)
-                parts.append({"score": metrics["score"], "mean_layer": layer, "metrics": {split: metrics},
-                              "p": exit_distribution(lam).mean(0).tolist()})
+            dev = mean_of([exit_result(settings.exit, settings, logits, lam, labels, split)
+                           | {"p": exit_distribution(lam).mean(0).tolist()}
+                           for split, (logits, lam, labels) in self.read_dev().items()])
         except InputError as error:
             raise InputError(f"step {self.step}: {error}") from None
         self.model.train()
-        dev = mean_of(parts)
-        p, score = dev.pop("p"), dev["score"]
-        self.write({"step": self.step, "epoch": epoch, "dev": dev, "p": p})
+        self.write({"step": self.step, "epoch": epoch, "dev": dev})
         draws = f", mean of {DRAWS} draws," if settings.exit == "sample" else ""
-        say(f"epoch {epoch}: dev {settings.task} {score:.1f} by {settings.exit} exit{draws} "
-            f"at layer {dev['mean_layer']:.2f} of {self.model.num_layers}")
+        score, layer = dev["score"], dev["mean_layer"]
+        say(f"epoch {epoch}: dev {settings.task} {score:.1f} by {settings.exit} exit{draws} at layer "
+            f"{layer:.2f} of {self.model.num_layers}")
         if score <= self.best:
             return self.best, self.best_epoch
         write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
