@@ -54,8 +54,7 @@ def setting(default, allowed, meaning):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. The defaults are PALBERT's, as in the paper and the released command for
-    RTE; METHODS and SCRATCH say what --method and a model from scratch change."""
+    """Everything that decides a run. The defaults are the paper's and those of the released command for RTE."""
 
     task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
     model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
@@ -173,8 +172,7 @@ def choose_device(name=None):
 
 
 def autocast(device, precision=None):
-    """The context in which a model computes, bf16 autocast or plain float32; None is bf16 on a GPU that
-    computes in it. InputError for bf16 on a device that does not."""
+    """The context to compute in: bf16 or float32; None is bf16 on a GPU that has it. InputError without it."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -218,8 +216,7 @@ def encoder_of(config):
 
 
 def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
-    tokenizer are written to the folder."""
+    """(tokenizer, model) of a new run; the encoder's config and the tokenizer are written to the folder."""
     torch.manual_seed(settings.seed)
     if settings.model in SCRATCH:
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
@@ -301,8 +298,7 @@ def read_run(folder):
 
 
 def find_run(name=None, unfinished=False):
-    """The folder of the run of that name under runs/, or at that path; without a name the newest that has
-    weights, or with `unfinished` the newest that can go on."""
+    """The folder of the run of that name or path; without one the newest with weights, or to be resumed"""
     if name is not None:
         for folder in (RUNS / name, Path(name)):
             if (folder / "run.json").exists():
@@ -329,8 +325,7 @@ def hashes(paths):
 
 
 def origin_of(settings):
-    """What a run is made of: the sha256 of a model's config and weights, or its name where it is published or
-    from scratch, and the sha256 of the task's files"""
+    """What a run is made of, by sha256; a model that is published or from scratch is known by its name"""
     model = settings.model
     published = Path(model).name in (*PUBLISHED, "minilm") and not Path(model).exists()
     if model not in SCRATCH and not published:
@@ -364,8 +359,7 @@ def read_split(settings, tokenizer, split):
 
 @torch.no_grad()
 def all_layers(model, inputs, batch_size=32, precision=None):
-    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From
-    these follow every q, every sample, the expectation and every histogram."""
+    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs"""
     device = next(model.parameters()).device
     order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
     with autocast(device, precision):
@@ -373,8 +367,8 @@ def all_layers(model, inputs, batch_size=32, precision=None):
             outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
     by_row = torch.tensor([row for batch in order for row in batch]).argsort()
     logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
-    numbers = torch.cat([logits, lam[..., None]], 2)
-    check_finite(numbers.flatten(0, 1), torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
+    numbers = torch.cat([logits, lam[..., None]], 2).flatten(0, 1)
+    check_finite(numbers, torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
     return logits, lam
 
 

@@ -219,7 +219,7 @@ class Training:
                 torch.save(saved, file)
 
     def resume(self, path):
-        """Take up what save() has left. InputError, before any file changes, where it does not fit the run."""
+        """Take up what save() has left. InputError, before a file changes, where it does not fit the run."""
         log = (self.folder / "metrics.jsonl").stat().st_size
         limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log}
         with guard(path, "state of this run"):
@@ -384,8 +384,7 @@ def new_folder(settings):
 
 
 def find_own(settings, origin, name=None):
-    """The folder of the run of these settings and origin: that of the name, or the first of its names that
-    holds it or is free. InputError where the name is another run's."""
+    """The folder of this run, or a free one. InputError where the given name is another run's."""
     for folder in folders(settings) if name is None else [RUNS / name]:
         if not (folder / "run.json").exists():
             return folder
@@ -399,8 +398,7 @@ def find_own(settings, origin, name=None):
 # ---- the paper's protocol ----
 
 def train_all(runs, origin, dry_run):
-    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run
-    prints their commands instead -> the scores of the others"""
+    """The dev scores of the runs by their own exit; a dry run prints the commands of those that are left."""
     scores = []
     for settings in runs:
         folder = on_rank_0(lambda: find_own(settings, origin))
@@ -413,7 +411,7 @@ def train_all(runs, origin, dry_run):
 
 
 def command(settings, name):
-    """The command that trains these settings under that name, and does nothing where they are finished"""
+    """The command that trains these settings under that name"""
     words = ["python", "train.py"]
     for key in dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)]):
         value = getattr(settings, key)
