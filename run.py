@@ -54,7 +54,7 @@ def setting(default, allowed, meaning):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. The defaults are the paper's and those of the released command for RTE."""
+    """Everything that decides a run; the defaults are the paper's and the released command's for RTE."""
 
     task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
     model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
@@ -172,7 +172,7 @@ def choose_device(name=None):
 
 
 def autocast(device, precision=None):
-    """The context to compute in: bf16 or float32; None is bf16 on a GPU that has it. InputError without it."""
+    """The context to compute in, bf16 (None: on a GPU that has it) or float32; InputError if it cannot."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

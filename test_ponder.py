@@ -1216,7 +1216,7 @@ def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here, mo
 
 @pytest.mark.parametrize("flags, words", [
     ("--model c", "spiece.model"), ("--model glue", "weights"), ("--data-dir a", "--data-dir"),
-    ("--layers 30 --model r", "--layers 30"), ("--model bert-base", "albert-base-v2"), ("--task ax", "train")])
+    ("--layers 30 --model r", "--layers 30"), ("--model bert-base", "albert-base-v2"), ("--task ax", "tra")])
 def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here, roberta_folder):
     shutil.copytree(here / "a/checkpoint-500", here / "c")
     (here / "c/spiece.model").unlink()
