@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import os
 import platform
-import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import torch
 
 import albert
 import bert
-from checkpoint import (PUBLISHED, InputError, find_model, read_json, read_safetensors, sha256_file,
+from checkpoint import (PUBLISHED, InputError, find_model, guard, read_json, read_safetensors, sha256_file,
                         shorten, write_json)
 from fast import pad
 from glue import answers, buckets, get_task, load, score, sources
@@ -34,12 +32,15 @@ METHODS = {     # what a method changes in Settings
                "exit": "learned"},
     "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
 }
+EXITS = {       # by which a method's model can be evaluated
+    "palbert": ("q", "sample", "expectation", "last"), "pondernet": ("q", "sample", "expectation", "last"),
+    "pabee": ("patience", "entropy", "last"), "berxit": ("learned", "last"), "finetune": ("last",),
+}
 SCRATCH = {     # this project's own settings for models from scratch
     "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0,
              "epochs": 2, "warmup": 100, "clip": 1.0},
     "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
 }
-EXITS = ("q", "sample", "expectation", "patience", "entropy", "learned", "last")
 PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which changes no result
 DRAWS = 20      # of sampling, whose score is their mean: one draw is off by 1 to 2 points
 
@@ -53,8 +54,7 @@ def setting(default, allowed, meaning):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. The defaults are PALBERT's, as in the paper and the released command for
-    RTE; METHODS and SCRATCH say what --method and a model from scratch change."""
+    """Everything that decides a run; the defaults are the paper's and the released command's for RTE."""
 
     task: str = setting("parity", None, "a task of GLUE, parity, or a folder of your own data")
     model: str = setting(None, None, "a published name, a folder, runs/NAME, or tiny or mini from scratch")
@@ -65,7 +65,8 @@ class Settings:
     data_dir: str = setting(None, None, "folder with the GLUE files; without it they are downloaded")
     device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
     precision: str = setting(None, ("float32", "bf16"), "without it bf16 where a GPU computes in it")
-    exit: str = setting("q", EXITS, "the exit whose dev score stops and selects")
+    exit: str = setting("q", tuple(dict.fromkeys(sum(EXITS.values(), ()))),
+                        "the exit whose dev score stops and selects")
     q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
     prior: float = setting(0.1, (1e-9, 1 - 1e-9), "lambda of the geometric prior (section 4.5)")
@@ -93,13 +94,12 @@ class Settings:
             value, allowed = getattr(self, field.name), field.metadata["allowed"]
             if value is None and (field.default is None or field.name == "lambda_lr"):
                 continue
-            good = isinstance(value, (int, float) if field.type is float else field.type)
             if allowed is None:
-                good, expected = good and value != "", "a word"
+                good, expected = type(value) is str and value != "", "a word"
             elif field.type is str:
                 good, expected = value in allowed, "one of " + ", ".join(allowed)
             else:
-                good = good and not isinstance(value, bool) and allowed[0] <= value <= allowed[1]
+                good = type(value) in (int, field.type) and allowed[0] <= value <= allowed[1]
                 kind = "whole number" if field.type is int else "number"
                 expected = f"a {kind} from {allowed[0]:g} to {allowed[1]:g}"
             if not good:
@@ -112,23 +112,13 @@ class Settings:
 
     @property
     def exits(self):
-        """The exits that this run's model can be evaluated by."""
-        if self.method == "finetune":
-            return ("last",)
-        if self.method == "berxit":
-            return ("learned", "last")
-        if self.method == "pabee":
-            regression = get_task(self.task).num_labels == 1
-            return ("patience", "last") if regression else ("patience", "entropy", "last")
-        return ("q", "sample", "expectation", "last")
+        """The exits that this run's model can be evaluated by; entropy needs classes."""
+        regression = get_task(self.task).num_labels == 1
+        return tuple(name for name in EXITS[self.method] if name != "entropy" or not regression)
 
 
 def make_settings(**given):
-    """Settings with the presets of method and model under what is given; unknown names are an InputError."""
-    known = [field.name for field in dataclasses.fields(Settings)]
-    for name in given:
-        if name not in known:
-            raise InputError(f"{flag(name)} is not a setting; settings are {', '.join(known)}")
+    """Settings with the presets of method and model under what is given"""
     model, method = given.get("model"), given.get("method", "palbert")
     if model is None:
         model = "tiny" if given.get("task", "parity") == "parity" else "albert-base-v2"
@@ -160,32 +150,35 @@ class Parser(argparse.ArgumentParser):
 # ---- device and precision ----
 
 def choose_device(name=None):
-    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Where torchrun started
-    this process, cuda is the GPU of its rank. InputError where there is no such device."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. torchrun gives each of
+    its processes a GPU of its own, by its rank. InputError where there is no such device."""
+    rank, count, names = os.environ.get("LOCAL_RANK"), torch.cuda.device_count(), ["cpu"]
+    if rank is None and torch.backends.mps.is_available():
+        names.append("mps")             # through which processes cannot talk
+    if count > int(rank or 0):
+        names.append("cuda")
+    if rank is None:
+        names += [f"cuda:{n}" for n in range(count)]
     if name is None:
-        name = next(kind for kind in found if found[kind])
-    if not re.fullmatch("cuda(:[0-9]{1,4})?|mps|cpu", name):
-        raise InputError(f"--device {name}: expected cuda, cuda:N, mps or cpu")
-    kind, _, number = name.partition(":")
-    number = int(number or os.environ.get("LOCAL_RANK", 0))
-    if not found[kind] or (kind == "cuda" and number >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no {kind}:{number} here; use "
-                         f"cpu, or one of {torch.cuda.device_count()} GPUs; torchrun needs one a process")
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.cuda.set_device(number)
-    return torch.device(kind, number)
+        name = "cuda" if count else names[-1]
+    if name not in names:
+        raise InputError(f"--device {name}: expected one of those that PyTorch {torch.__version__} finds for "
+                         f"this process, {', '.join(names)}; of torchrun's processes each needs a GPU")
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(rank or device.index or 0))
+        torch.cuda.set_device(device.index)
+    return device
 
 
 def autocast(device, precision=None):
-    """The context in which a model computes, bf16 autocast or plain float32; None is bf16 on a GPU that
-    computes in it. InputError for bf16 on a device that does not."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = precision == "bf16" or (precision is None and able)
-    if bf16 and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
+    """The context to compute in, bf16 (None: on a GPU that has it) or float32; InputError if it cannot."""
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         able = has.get("avx512_bf16") or has.get("amx_bf16")
+    bf16 = precision == "bf16" or (precision is None and device.type == "cuda" and able)
     if bf16 and not able:
         raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -214,23 +207,6 @@ def timed(model, work):
 ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}    # by model_type
 
 
-def check(settings):
-    """InputError for what can be known to be wrong before anything is loaded or fetched."""
-    path, exits, names = Path(settings.model), settings.exits, [*SCRATCH, *PUBLISHED, "minilm"]
-    if "train" not in get_task(settings.task).splits:
-        raise InputError(f"--task {settings.task}: it has no training set; choose another")
-    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
-        raise InputError(f"--data-dir {settings.data_dir}: expected a folder with the task's files")
-    if settings.exit not in exits:
-        raise InputError(f"--exit {settings.exit}: {settings.method} on {settings.task} exits by "
-                         + " or ".join(exits))
-    if path.name not in names and not path.exists() and not Path(f"{path}.index").exists():
-        raise InputError(f"--model {path}: expected a folder with weights, or one of {', '.join(names)}")
-    if path.name in bert.SIZES and (settings.layers or 0) > bert.SIZES[path.name].num_hidden_layers:
-        raise InputError(f"--layers {settings.layers}: only a model whose layers share weights (ALBERT) "
-                         f"can run more than its {bert.SIZES[path.name].num_hidden_layers}")
-
-
 def encoder_of(config):
     """The class of encoder that the dict of a config.json is for; Google's does not say, and is ALBERT's"""
     kind = config.get("model_type", "albert")
@@ -240,47 +216,41 @@ def encoder_of(config):
 
 
 def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run, its encoder from scratch, another run's or published; its config and
-    tokenizer are written to the folder."""
-    source = Path(settings.model)
+    """(tokenizer, model) of a new run; the encoder's config and the tokenizer are written to the folder."""
+    torch.manual_seed(settings.seed)
     if settings.model in SCRATCH:
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
         config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
-        torch.manual_seed(settings.seed)
         encoder = albert.Albert(dataclasses.replace(config, vocab_size=tokenizer.vocab_size))
+    elif Path(settings.model, "run.json").exists():
+        _, tokenizer, model = load_run(settings.model, torch.device("cpu"))
+        encoder = model.encoder
     else:
         files = find_model(settings.model)
-        torch.manual_seed(settings.seed)
-        if (source / "run.json").exists():
-            _, tokenizer, model = load_run(source, torch.device("cpu"))
-            encoder = model.encoder
-        else:
-            tokenizer = load_tokenizer(files.tokenizer)
-            encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
+        tokenizer = load_tokenizer(files.tokenizer)
+        encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
     if settings.layers is not None and settings.layers < encoder.num_layers and not encoder.shared:
         encoder.keep(settings.layers)
-    if settings.max_length > encoder.max_length:
-        raise InputError(f"--max-length {settings.max_length}: {source} has positions for no more than "
-                         f"{encoder.max_length} tokens")
-    model = make_ponder(encoder, settings, tokenizer, source)
+    model = make_ponder(encoder, settings, tokenizer)
     kind = {"model_type": encoder.config.model_type}
     write_json(folder / "config.json", kind | dataclasses.asdict(encoder.config))
     tokenizer.save(folder)
     return tokenizer, model
 
 
-def make_ponder(encoder, settings, tokenizer, source):
-    """The untrained Ponder of these settings around an encoder that has an embedding for each token"""
-    vocabulary = encoder.config.vocab_size
-    lambda_layers = settings.lambda_layers if settings.has_lambda else 0
-    if tokenizer.vocab_size > vocabulary:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.vocab_size} pieces, the model embeddings "
-                         f"for {vocabulary}; take both from one model")
+def make_ponder(encoder, settings, tokenizer):
+    """The untrained Ponder of these settings around an encoder that fits them and the tokenizer"""
+    if tokenizer.vocab_size > encoder.config.vocab_size:
+        raise InputError(f"{settings.model}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
+                         f"embeddings for {encoder.config.vocab_size}; take both from one model")
+    if settings.max_length > encoder.max_length:
+        raise InputError(f"--max-length {settings.max_length}: {settings.model} has positions for no more "
+                         f"than {encoder.max_length} tokens")
     try:
-        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
-                      settings.lambda_input == "concat", settings.classifiers == "per_layer", settings.prior,
-                      settings.dropout)
+        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers,
+                      settings.lambda_layers if settings.has_lambda else 0, settings.lambda_input == "concat",
+                      settings.classifiers == "per_layer", settings.prior, settings.dropout)
     except ValueError as error:
         raise InputError(f"--layers {settings.layers}: {error}") from None
 
@@ -294,56 +264,41 @@ def open_run(folder, settings):
     encoder_class, source = encoder_of(values), str(folder / "config.json")
     with torch.device("meta"):
         encoder = encoder_class(encoder_class.config_class.from_json(values, source))
-        return tokenizer, make_ponder(encoder, settings, tokenizer, folder)
+        return tokenizer, make_ponder(encoder, settings, tokenizer)
 
 
 def fill(model, path, device):
-    """The model, on the device, with the weights of a safetensors file, whose tensors must be the model's"""
+    """The model, on the device and to evaluate, with the weights of a safetensors file, which it must fit"""
     weights = read_safetensors(path)
-    compare_tensors(weights, model.state_dict(), path)
-    model = model.to_empty(device=device)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(weights[name])
-    return model
-
-
-def compare_tensors(given, own, path):
-    """InputError unless the tensors `given` by a file have the names, shapes and dtypes of `own`."""
-    for name in [*own, *given]:
-        ours, theirs = own.get(name), given.get(name)
-        fit = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
-        if not fit or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise InputError(f"{path}: its tensor {name} does not fit the run's settings; train again")
+    with guard(path, "set of the run's weights"):
+        copies = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.items()}
+        model.load_state_dict(copies, assign=True)
+    return model.eval()
 
 
 def load_run(folder, device=None):
     """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode
     on the device (None: the first that is there). InputError for a folder that is not whole."""
-    folder = Path(folder)
-    settings, values = read_run(folder)
-    for name, digest in values.get("files", {}).items():
-        if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: is not the file that the run ended with, by its sha256; "
-                             "get a whole copy or train again")
+    folder, (settings, values) = Path(folder), read_run(folder)
+    for name, sha256 in values.get("files", {}).items():    # half a spiece.model is a whole smaller one
+        if sha256_file(folder / name) != sha256:
+            raise InputError(f"{folder / name}: not the file that the run ended with; train again")
     tokenizer, model = open_run(folder, settings)
-    device = choose_device() if device is None else device
-    return settings, tokenizer, fill(model, folder / "model.safetensors", device).eval()
+    return settings, tokenizer, fill(model, folder / "model.safetensors", device or choose_device())
 
 
 def read_run(folder):
     """(Settings, the whole of run.json) of a run's folder"""
-    values = read_json(Path(folder) / "run.json")
-    if not isinstance(values.get("settings"), dict):
-        raise InputError(f"{folder}/run.json: expected the settings of a run, found none; train it again")
+    path = Path(folder, "run.json")
+    values = read_json(path)
     try:
         return make_settings(**values["settings"]), values
-    except InputError as error:
-        raise InputError(f"{folder}/run.json: {error}") from None
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not what train.py writes ({error}); train again") from None
 
 
 def find_run(name=None, unfinished=False):
-    """The folder of the run of that name under runs/, or at that path; without a name the newest that has
-    weights, or with `unfinished` the newest that can go on."""
+    """The folder of the run of that name or path; without one the newest with weights, or to be resumed"""
     if name is not None:
         for folder in (RUNS / name, Path(name)):
             if (folder / "run.json").exists():
@@ -354,13 +309,13 @@ def find_run(name=None, unfinished=False):
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if not unfinished or not read_run(path.parent)[1].get("finished"):
             return path.parent
-    raise InputError(f"no run with a {ready} under {RUNS}/ here; python train.py makes one")
+    raise InputError(f"no run with a {ready} under {RUNS}/; python train.py makes one")
 
 
 def run_name(settings):
     """The name of a run: task, method, model, what differs from the preset, and the seed"""
-    names = [name for name in changed_settings(settings) if name not in ("seed", *PLACE)]
-    changed = [f"{name}{getattr(settings, name)}" for name in names]
+    changed = [f"{name}{getattr(settings, name)}" for name in changed_settings(settings)
+               if name not in ("seed", *PLACE)]
     task, model = Path(settings.task).name, Path(settings.model).name
     return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
 
@@ -370,26 +325,22 @@ def hashes(paths):
 
 
 def origin_of(settings):
-    """What a run is made of: the sha256 of the task's files, and of a model's config and weights, or its name
-    where it is published or from scratch"""
-    path, model = Path(settings.model), settings.model
-    if model not in SCRATCH and (path.exists() or Path(f"{path}.index").exists()):
+    """What a run is made of, by sha256; a model that is published or from scratch is known by its name"""
+    model = settings.model
+    published = Path(model).name in (*PUBLISHED, "minilm") and not Path(model).exists()
+    if model not in SCRATCH and not published:
         files = find_model(model)
         shards = [*files.weights.parent.glob("*.data-*"), *files.weights.parent.glob("model-*-of-*")]
         model = hashes([files.config, files.weights, *sorted(shards)])
-    return {"data": hashes(sources(settings.task, settings.data_dir)), "model": model}
+    return {"model": model, "data": hashes(sources(settings.task, settings.data_dir))}
 
 
 def describe(settings, device):
-    """What run.json records so that a number can be traced: settings, versions, device, precision, commit"""
-    here, commit = Path(__file__).parent, None
-    if (here / ".git").exists():
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    """What run.json records so that a number can be traced: settings, versions, device, precision"""
     versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
     bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
-            "precision": "bf16" if bf16 else "float32", "commit": commit,
+            "precision": "bf16" if bf16 else "float32",
             "versions": {"python": platform.python_version()} | versions}
 
 
@@ -408,8 +359,7 @@ def read_split(settings, tokenizer, split):
 
 @torch.no_grad()
 def all_layers(model, inputs, batch_size=32, precision=None):
-    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs. From
-    these follow every q, every sample, the expectation and every histogram."""
+    """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs"""
     device = next(model.parameters()).device
     order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
     with autocast(device, precision):
@@ -417,8 +367,8 @@ def all_layers(model, inputs, batch_size=32, precision=None):
             outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
     by_row = torch.tensor([row for batch in order for row in batch]).argsort()
     logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
-    numbers = torch.cat([logits, lam[..., None]], 2)
-    check_finite(numbers.flatten(0, 1), torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
+    numbers = torch.cat([logits, lam[..., None]], 2).flatten(0, 1)
+    check_finite(numbers, torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
     return logits, lam
 
 
@@ -477,22 +427,6 @@ def mean_scores(criterion, settings, logits, lam, labels):
     return metrics, mean_layer
 
 
-def evaluate(model, settings, dev):
-    """{"score", "mean_layer", "metrics"} by the run's own exit, and mean p by layer, over the splits dev
-    {split: (inputs, labels)}; the score is the mean over splits (MNLI has two)."""
-    was_training, metrics = model.training, {}
-    score, mean_layer, p = 0, 0, 0
-    model.eval()
-    for split, (inputs, labels) in dev.items():
-        logits, lam = all_layers(model, inputs, precision=settings.precision)
-        metrics[split], layer = mean_scores(settings.exit, settings, logits, lam, labels)
-        score += metrics[split]["score"] / len(dev)
-        mean_layer += layer / len(dev)
-        p = p + exit_distribution(lam).mean(0) / len(dev)
-    model.train(was_training)
-    return {"score": score, "mean_layer": mean_layer, "metrics": metrics}, p.tolist()
-
-
 THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # settings
 SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
           "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
@@ -500,10 +434,6 @@ SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
 
 
 # ---- commands ----
-
-class Interrupted(Exception):
-    """A signal came; the step is finished and saved."""
-
 
 def say(text, file=None):
     """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
@@ -530,8 +460,5 @@ def run_main(main):
         sys.exit(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the device's memory does not suffice; try a smaller --batch-size")
-    except Interrupted as stopped:
-        say(stopped)
-        sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)

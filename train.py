@@ -15,6 +15,7 @@ metrics.jsonl, and resume.pt while it is unfinished.
 import argparse
 import atexit
 import contextlib
+import copy
 import dataclasses
 import datetime
 import itertools
@@ -27,27 +28,20 @@ import shutil
 import signal
 import statistics
 import sys
-import threading
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from checkpoint import InputError, atomic_write, read_torch, write_json, write_safetensors
+from checkpoint import InputError, atomic_write, check, guard, read_torch, write_json, write_safetensors
 from fast import pad, upload
 from glue import buckets, load, sources
-from paper import study
-from ponder import berxit_loss, elbo_loss, geometric_prior, layer_losses, layer_weighted_loss
-from run import (DRAWS, PLACE, RUNS, Interrupted, Parser, Settings, all_layers, autocast, changed_settings,
-                 check, choose_device, compare_tensors, describe, evaluate, fill, find_run, flag, hashes,
-                 make_model, make_settings, open_run, origin_of, read_run, read_split, run_main, run_name,
-                 say, splits_of)
-
-try:
-    import fcntl
-except ImportError:     # Windows, where a run is not locked
-    fcntl = None
+from paper import exit_result, mean_of, study
+from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
+                    layer_weighted_loss)
+from run import (DRAWS, PLACE, RUNS, Parser, Settings, all_layers, autocast, changed_settings, choose_device,
+                 describe, fill, find_run, flag, hashes, make_model, make_settings, open_run, origin_of,
+                 read_run, read_split, run_main, run_name, say, splits_of)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -77,11 +71,7 @@ def make_optimizer(model, settings):
     groups = [{"params": [p for p in model.parameters() if p not in own], "base": settings.lr}]
     if own:
         groups.append({"params": [p for p in model.parameters() if p in own], "base": settings.lambda_lr})
-    optimizer = torch.optim.Adam(groups, fused=True)
-    for p in model.parameters():    # as Adam's first step would do; so what is resumed has its place
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+    return torch.optim.Adam(groups, fused=True)
 
 
 def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, world=1):
@@ -113,90 +103,6 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     return {name: part * share for name, part in ({"loss": loss.detach()} | parts).items()}
 
 
-# ---- what a run remembers ----
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    epoch: int = 0          # epochs that are done
-    position: int = 0       # batches of the next epoch that are done
-    best_epoch: int = 0
-    log_bytes: int = 0      # of metrics.jsonl, as far as it counts
-    best: float = -math.inf
-    seconds: float = 0.0
-
-
-def state_of(model, optimizer):
-    """All tensors that a run goes on from, by name: the weights, and Adam's step and means for each"""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, p in model.named_parameters():
-        tensors |= {f"{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
-    return tensors
-
-
-def read_resume(path, tensors, order, progress, most):
-    """Fill tensors, generator and progress from resume.pt. InputError, before anything is changed, where it
-    does not fit; most: the greatest value of each counter."""
-    saved = read_torch(path)
-    try:
-        compare_tensors(saved["tensors"], tensors, path)
-        torch.Generator().set_state(saved["order"])
-        for name, default in vars(progress).items():
-            value = saved["progress"][name]
-            if type(value) is not type(default) or (name in most and not 0 <= value <= most[name]):
-                raise KeyError(f"{name} of {value}")
-    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this run ({error}); delete it to begin again") from None
-    for name, tensor in tensors.items():
-        tensor.copy_(saved["tensors"][name])
-    order.set_state(saved["order"].clone())
-    vars(progress).update(saved["progress"])
-
-
-class Log:
-    """metrics.jsonl, a line for each step and epoch. Losses wait on the device until flush(), so that it
-    never waits for the host. Only rank 0 has a file."""
-
-    def __init__(self, file, progress):
-        self.file, self.progress, self.waiting = file, progress, []
-        self.begun, self.before, self.started = progress.step, progress.seconds, time.time()
-        if file is not None:
-            if os.fstat(file.fileno()).st_size < progress.log_bytes:
-                raise InputError(f"{file.name}: is shorter than resume.pt says; put it back or train again")
-            file.truncate(progress.log_bytes)
-
-    def write(self, line):
-        self.progress.seconds = self.before + time.time() - self.started
-        if self.file is not None:
-            self.file.write(json.dumps(line | {"seconds": round(self.progress.seconds, 3)}).encode() + b"\n")
-
-    def flush(self):
-        """Fetch the losses that wait, write and check them -> the parts of the last"""
-        values = torch.stack([torch.stack(list(parts.values())) for *_, parts in self.waiting])
-        if dist.is_initialized():
-            dist.all_reduce(values)     # the shares' sum
-        for (line, rows, parts), numbers in zip(self.waiting, values.tolist()):
-            parts = dict(zip(parts, numbers))
-            self.write(line | parts)
-            if not all(map(math.isfinite, numbers)):
-                flags = "another --prior" if math.isinf(parts.get("kl", 0)) else "a lower --lr"
-                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows "
-                                 f"{rows}; the weights of the best epoch so far are kept; try {flags}")
-        self.waiting = []
-        return parts
-
-    def say(self, parts, total):
-        """The last losses, the pace and the time that is left"""
-        step = self.progress.step
-        pace = (time.time() - self.started) / (step - self.begun)
-        left = datetime.timedelta(seconds=round(pace * (total - step)))
-        numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
-        say(f"epoch {self.progress.epoch + 1}, step {step} of at most {total}: {numbers}; {1 / pace:.1f} "
-            f"steps/s, at most {left} to go")
-
-
 # ---- one run ----
 
 def on_rank_0(work):
@@ -221,12 +127,11 @@ def caught_signals():
     caught, kept = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)    # Windows has no SIGHUP
-        main_thread = threading.current_thread() is threading.main_thread()
-        if main_thread and number and signal.getsignal(number) != signal.SIG_IGN:
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
-    except Interrupted:         # a second signal, which torchrun sends, must not cut the end short
+    except SystemExit:          # a second signal, which torchrun sends, must not cut the end short
         kept = {}
         raise
     finally:
@@ -235,32 +140,39 @@ def caught_signals():
 
 
 class Training:
-    """One run in one process."""
+    """One run in one process. Rank 0 alone writes, reads results and decides."""
 
     def __init__(self, settings):
         self.settings, self.device = settings, choose_device(settings.device)
+        autocast(self.device, settings.precision)       # refused before anything is read
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.world > 1 and (self.device.type == "mps" or ":" in str(settings.device)):
-            raise InputError(f"--device {settings.device or 'mps'}: expected cuda or cpu where torchrun "
-                             "starts processes, each with a GPU of its own or a share of the CPU")
-        self.folder, self.file, self.model, self.made = None, None, None, False
+        self.file, self.model, self.made = None, None, False
 
     def start(self, folder):
-        """Rank 0 alone: take the folder; a run that begins gets its model -> (folder, results if finished)"""
-        self.folder, self.file, self.made = take_folder(self.settings, folder)
-        if (self.folder / "run.json").exists():
-            values = read_run(self.folder)[1]
-            if values.get("finished"):
-                (self.folder / "resume.pt").unlink(missing_ok=True)     # of a process that died at its end
-                return self.folder, values["dev"]
-        if not (self.folder / "resume.pt").exists():
-            examples = load(self.settings.task, "train", self.settings.data_dir)
-            origin = origin_of(self.settings)
-            self.tokenizer, self.model = make_model(self.settings, self.folder, examples)
+        """Rank 0 alone: take the folder; a run that begins gets its model -> the results if it is finished"""
+        settings, self.folder = self.settings, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "metrics.jsonl", "ab")
+        try:                                    # a run has one writer
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains it; wait or give another --name") from None
+        except (ImportError, OSError):          # Windows, or a file system without locks
+            pass
+        self.made = os.listdir(folder) == ["metrics.jsonl"]
+        values = read_run(folder)[1] if (folder / "run.json").exists() else {}
+        if values.get("finished"):
+            (folder / "resume.pt").unlink(missing_ok=True)      # of a process that died at its end
+            return values["dev"]
+        if not (folder / "resume.pt").exists():
+            origin = origin_of(settings)
+            examples = load(settings.task, "train", settings.data_dir)
+            self.tokenizer, self.model = make_model(settings, folder, examples)
             encoder = self.model.encoder.config.model_type
-            values = describe(self.settings, self.device) | {"encoder": encoder} | origin
-            write_json(self.folder / "run.json", values)
-        return self.folder, None
+            write_json(folder / "run.json", describe(settings, self.device) | {"encoder": encoder} | origin)
+        elif hashes(sources(settings.task, settings.data_dir)) != values.get("data"):
+            raise InputError(f"{folder}: the task's files have changed; put them back or train anew")
 
     def close(self):
         """Unlock the folder, and remove it if nothing came of it."""
@@ -273,7 +185,7 @@ class Training:
 
     def prepare(self, folder):
         """Every process: data, model and optimizer, as rank 0 made them or resume.pt has them"""
-        settings, self.folder, resume = self.settings, folder, folder / "resume.pt"
+        settings, self.folder = self.settings, folder
         if self.model is None:
             self.tokenizer, model = open_run(folder, settings)
             self.model = model.to_empty(device=self.device)
@@ -283,103 +195,154 @@ class Training:
         self.inputs, self.labels = read_split(settings, self.tokenizer, "train")
         splits = splits_of(settings.task, "dev")
         self.dev = {split: read_split(settings, self.tokenizer, split) for split in splits}
-        self.order, self.progress = torch.Generator().manual_seed(settings.seed), Progress()
-        batches = -(-len(self.inputs) // settings.batch_size)
-        self.total = min(settings.epochs * batches, settings.max_steps or 10**18)
-        if resume.exists():
-            most = {"step": self.total, "epoch": settings.epochs, "position": batches,
-                    "best_epoch": settings.epochs, "log_bytes": 10**18}
-            read_resume(resume, state_of(self.model, self.optimizer), self.order, self.progress, most)
-            say(f"going on from step {self.progress.step}")
+        self.batches = -(-len(self.inputs) // settings.batch_size)      # of an epoch
+        self.total = min(settings.epochs * self.batches, settings.max_steps or 10**18)
+        self.step, self.best, self.best_epoch, self.log_bytes = 0, -math.inf, 0, 0
+        self.started, self.waiting = time.time(), []
+        if (folder / "resume.pt").exists():
+            self.resume(folder / "resume.pt")
         elif self.world > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
-        self.log = Log(self.file, self.progress)
+        if self.file is not None:
+            self.file.truncate(self.log_bytes)
 
-    def save(self, shuffle):
-        """resume.pt, with all that decides the steps to come; shuffle: order's state as the epoch began"""
+    def save(self):
+        """resume.pt, with all that decides the steps to come; the order of rows is drawn again"""
         if self.rank == 0:
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.progress.log_bytes = self.file.tell()
+            saved = {"model": self.model.state_dict(), "adam": self.optimizer.state_dict()["state"],
+                     "step": self.step, "best": self.best, "best_epoch": self.best_epoch,
+                     "log_bytes": self.file.tell(), "seconds": time.time() - self.started}
             with atomic_write(self.folder / "resume.pt") as file:
-                torch.save({"tensors": state_of(self.model, self.optimizer), "order": shuffle,
-                            "progress": vars(self.progress)}, file)
+                torch.save(saved, file)
 
-    def epoch(self, caught):
-        """The steps that are left of an epoch"""
-        settings, progress, shuffle = self.settings, self.progress, self.order.get_state()
-        batches = buckets([len(ids) for ids, _ in self.inputs], settings.batch_size, self.order)
-        for batch in batches[progress.position:]:
-            inputs, labels = [self.inputs[row] for row in batch], [self.labels[row] for row in batch]
-            parts = train_step(self.model, self.optimizer, settings, progress.step, inputs, labels,
-                               self.prior, self.rank, self.world)
-            progress.step += 1
-            progress.position += 1
-            rates = dict(zip(("lr", "lambda_lr"), [group["lr"] for group in self.optimizer.param_groups]))
-            line = {"step": progress.step, "epoch": progress.epoch + 1} | rates
-            self.log.waiting.append((line, batch, parts))
-            stop = torch.tensor(len(caught))        # on the CPU, so that the host does not wait for a GPU
-            if self.world > 1:
-                dist.all_reduce(stop)               # all stop after the same step
-            last = progress.step == settings.max_steps or progress.position == len(batches)
-            look = progress.step % LOG_EVERY == 0 or progress.step == self.log.begun + 1
-            due = settings.save_every is not None and progress.step % settings.save_every == 0
-            if look or due or last or stop:
-                parts = self.log.flush()
-            if look:
-                self.log.say(parts, self.total)
-            if due or stop:
-                self.save(shuffle)
+    def resume(self, path):
+        """Take up what save() has left. InputError, before a file changes, where it does not fit the run."""
+        log = (self.folder / "metrics.jsonl").stat().st_size
+        limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log}
+        with guard(path, "state of this run"):
+            saved = read_torch(path)
+            self.model.load_state_dict(saved["model"])
+            adam = copy.deepcopy(saved["adam"])     # not on the file, which save() replaces
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
+            for name, p in self.model.named_parameters():       # Adam itself does not compare shapes
+                shapes = {key: value.shape for key, value in self.optimizer.state[p].items()}
+                good = shapes == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                check(good, f"Adam's state of {name} has other shapes")
+            for name, most in limits.items():
+                good = type(saved[name]) is int and 0 <= saved[name] <= most
+                check(good, f"{name} is {saved[name]}, expected 0 to {most}")
+            self.step, self.best_epoch, self.log_bytes = (saved[name] for name in limits)
+            self.best, self.started = float(saved["best"]), self.started - saved["seconds"]
+        say(f"going on from step {self.step}")
+
+    def write(self, line):
+        """A line of metrics.jsonl, one for each step and epoch"""
+        if self.file is not None:
+            line |= {"seconds": round(time.time() - self.started, 3)}
+            self.file.write(json.dumps(line).encode() + b"\n")
+
+    def flush(self):
+        """Fetch the losses that wait on the device, write and check them -> the parts of the last"""
+        values = torch.stack([torch.stack(list(parts.values())) for *_, parts in self.waiting])
+        if self.world > 1:
+            dist.all_reduce(values)     # the shares' sum
+        for (line, rows, parts), numbers in zip(self.waiting, values.tolist()):
+            parts = dict(zip(parts, numbers))
+            self.write(line | parts)
+            if not all(map(math.isfinite, numbers)):
+                flags = "another --prior" if math.isinf(parts.get("kl", 0)) else "a lower --lr"
+                raise InputError(f"step {line['step']}: the loss is not finite ({parts}) on training rows "
+                                 f"{rows}; the weights of the best epoch so far are kept; try {flags}")
+        self.waiting = []
+        return parts
+
+    def advance(self, epoch, batch, caught):
+        """One step; what it gives is looked at, and saved, when it is time or a signal was caught."""
+        settings = self.settings
+        inputs, labels = [self.inputs[row] for row in batch], [self.labels[row] for row in batch]
+        parts = train_step(self.model, self.optimizer, settings, self.step, inputs, labels, self.prior,
+                           self.rank, self.world)
+        self.step += 1
+        rates = dict(zip(("lr", "lambda_lr"), [group["lr"] for group in self.optimizer.param_groups]))
+        self.waiting.append(({"step": self.step, "epoch": epoch} | rates, batch, parts))
+        stop = torch.tensor(len(caught))        # on the CPU, so that the host does not wait for a GPU
+        if self.world > 1:
+            dist.all_reduce(stop)               # all stop after the same step
+        last = self.step == self.total or self.step % self.batches == 0
+        look = self.step == 1 or self.step % LOG_EVERY == 0
+        due = settings.save_every is not None and self.step % settings.save_every == 0
+        if look or due or last or stop:
+            parts = self.flush()
+        if look:
+            pace = (time.time() - self.started) / self.step
+            left = datetime.timedelta(seconds=round(pace * (self.total - self.step)))
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            say(f"epoch {epoch}, step {self.step} of at most {self.total}: {numbers}; {1 / pace:.1f} "
+                f"steps/s, at most {left} to go")
+        if (due or stop) and not last:          # an epoch's end is judged first, and saved in any case
+            self.save()
             if stop:
-                raise Interrupted(f"stopped after step {progress.step} and saved; go on with: "
-                                  f"python train.py --resume {shlex.quote(str(self.folder))}")
-            if last:
-                break
+                say(f"stopped after step {self.step} and saved; go on with: "
+                    f"python train.py --resume {shlex.quote(str(self.folder))}")
+                sys.exit(130)
 
-    def judge(self):
+    def read_dev(self):
+        """{split: (logits (N,L,C), lam (N,L), labels)} of the dev set, of which MNLI has two"""
+        self.model.eval()
+        return {split: (*all_layers(self.model, inputs, precision=self.settings.precision), labels)
+                for split, (inputs, labels) in self.dev.items()}
+
+    def judge(self, epoch):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
-        settings, progress = self.settings, self.progress
+        settings = self.settings
         try:
-            dev, p = evaluate(self.model, settings, self.dev)
+            dev = mean_of([exit_result(settings.exit, settings, logits, lam, labels, split)
+                           | {"p": exit_distribution(lam).mean(0).tolist()}
+                           for split, (logits, lam, labels) in self.read_dev().items()])
         except InputError as error:
-            raise InputError(f"step {progress.step}: {error}") from None
-        self.log.write({"step": progress.step, "epoch": progress.epoch, "dev": dev, "p": p})
+            raise InputError(f"step {self.step}: {error}") from None
+        self.model.train()
+        self.write({"step": self.step, "epoch": epoch, "dev": dev})
         draws = f", mean of {DRAWS} draws," if settings.exit == "sample" else ""
-        say(f"epoch {progress.epoch}: dev {settings.task} {dev['score']:.1f} by {settings.exit} exit{draws} "
-            f"at layer {dev['mean_layer']:.2f} of {self.model.num_layers}")
-        if dev["score"] <= progress.best:
-            return progress.best, progress.best_epoch
+        score, layer = dev["score"], dev["mean_layer"]
+        say(f"epoch {epoch}: dev {settings.task} {score:.1f} by {settings.exit} exit{draws} at layer "
+            f"{layer:.2f} of {self.model.num_layers}")
+        if score <= self.best:
+            return self.best, self.best_epoch
         write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
-        return dev["score"], progress.epoch
+        return score, epoch
 
     def train(self):
         """The epochs that are left -> the results on dev by exit, which run.json keeps"""
-        settings, progress = self.settings, self.progress
+        settings, order = self.settings, torch.Generator().manual_seed(self.settings.seed)
+        lengths = [len(ids) for ids, _ in self.inputs]
         with caught_signals() as caught:
-            while progress.epoch < settings.epochs and progress.step != settings.max_steps:
-                if progress.epoch - progress.best_epoch >= settings.stop_after:
+            for epoch in range(1, settings.epochs + 1):
+                # Drawn for the epochs that are done, too: so a resumed run goes on in the same order.
+                batches, begun = buckets(lengths, settings.batch_size, order), (epoch - 1) * self.batches
+                if self.step == self.total or epoch - 1 - self.best_epoch >= settings.stop_after:
                     break
-                self.epoch(caught)
-                progress.epoch, progress.position = progress.epoch + 1, 0
-                progress.best, progress.best_epoch = on_rank_0(self.judge)
-                self.save(self.order.get_state())
-        return on_rank_0(self.finish)
+                if self.step >= begun + len(batches):
+                    continue
+                for batch in batches[self.step - begun:self.total - begun]:
+                    self.advance(epoch, batch, caught)
+                self.best, self.best_epoch = on_rank_0(lambda: self.judge(epoch))
+                self.save()
+        return on_rank_0(lambda: self.finish(-(-self.step // self.batches)))
 
-    def finish(self):
+    def finish(self, epochs):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
-        settings, progress, values = self.settings, self.progress, read_run(self.folder)[1]
-        model = fill(self.model, self.folder / "model.safetensors", self.device).eval()
-        outputs = {split: (*all_layers(model, inputs, precision=settings.precision), labels)
-                   for split, (inputs, labels) in self.dev.items()}
+        fill(self.model, self.folder / "model.safetensors", self.device)
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
-        values |= {"finished": True, "steps": progress.step, "epochs": progress.epoch,
-                   "best_epoch": progress.best_epoch,
+        values = read_run(self.folder)[1] | study(self.settings, self.read_dev())
+        values |= {"finished": True, "steps": self.step, "epochs": epochs, "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
-        values |= study(settings, outputs)
         write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
-        say(f"the best epoch was {progress.best_epoch}, and with its weights:")
+        say(f"the best epoch was {self.best_epoch}, and with its weights:")
         return values["dev"]
 
 
@@ -387,8 +350,9 @@ def run(settings, folder=None):
     """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
     finished -> the results on dev by exit"""
     training = Training(settings)
+    folder = folder or on_rank_0(lambda: new_folder(settings))
     try:
-        folder, results = on_rank_0(lambda: training.start(folder))
+        results = on_rank_0(lambda: training.start(folder))
         if results is None:
             say(f"{folder}: {settings.task} by {settings.method}, {settings.model}")
             training.prepare(folder)
@@ -407,74 +371,47 @@ def run(settings, folder=None):
 
 def folders(settings):
     """Where a run may be: its name, and where that is taken the same with -2, -3, ..."""
-    yield RUNS / run_name(settings)
-    for n in itertools.count(2):
-        yield RUNS / f"{run_name(settings)}-{n}"
+    for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        yield RUNS / f"{run_name(settings)}{end}"
 
 
-def take_folder(settings, folder):
-    """(folder, its metrics.jsonl, whether it is new) of the given folder, or of the first name that is free.
-    A run has one writer: the file is locked while it is open; InputError where another process has it."""
-    made = False
-    for path in folders(settings) if folder is None else [folder]:
+def new_folder(settings):
+    """The first of a run's folders that nobody has yet, made"""
+    for folder in folders(settings):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)            # decides between two processes that start at once
-            made = True
-        if made or folder is not None:
-            break
-    file = open(path / "metrics.jsonl", "ab")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another process trains it; wait for that or give another --name") from None
-    except OSError:                             # a file system without locks
-        pass
-    return path, file, made
+            folder.mkdir(parents=True)          # decides between two processes that start at once
+            return folder
 
 
 def find_own(settings, origin, name=None):
-    """(folder, results on dev if finished) of the run of these settings and origin: the folder of that name,
-    or the first of its names that holds it or is free. InputError where the name is another run's."""
+    """The folder of this run, or a free one. InputError where the given name is another run's."""
     for folder in folders(settings) if name is None else [RUNS / name]:
         if not (folder / "run.json").exists():
-            return folder, None
+            return folder
         before, values = read_run(folder)
         before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
         if before == settings and {key: values.get(key) for key in origin} == origin:
-            return folder, values["dev"] if values.get("finished") else None
+            return folder
     raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
-
-
-def find_stopped(name):
-    """(folder, settings) of a run to go on with. InputError if the files of its task have changed."""
-    folder = find_run(name, unfinished=True)
-    settings, values = read_run(folder)
-    data = hashes(sources(settings.task, settings.data_dir))
-    if not values.get("finished") and data != values.get("data"):
-        raise InputError(f"{folder}: the task's files have changed since then; put them back or train anew")
-    return folder, settings
 
 
 # ---- the paper's protocol ----
 
 def train_all(runs, origin, dry_run):
-    """Train those of the runs that are not finished -> the dev scores of all by their own exit. A dry run
-    prints their commands instead -> the scores of the others"""
+    """The dev scores of the runs by their own exit; a dry run prints the commands of those that are left."""
     scores = []
     for settings in runs:
-        folder, results = on_rank_0(lambda: find_own(settings, origin))
-        if results is None and dry_run:
+        folder = on_rank_0(lambda: find_own(settings, origin))
+        finished = (folder / "run.json").exists() and read_run(folder)[1].get("finished")
+        if dry_run and not finished:
             say(command(settings, folder.name), sys.stdout)
-            continue
-        if results is None:
-            results = run(settings, folder)
-        scores.append(results[settings.exit]["score"])
+        else:
+            scores.append(run(settings, folder)[settings.exit]["score"])
     return scores
 
 
 def command(settings, name):
-    """The command that trains these settings under that name, and does nothing where they are finished"""
+    """The command that trains these settings under that name"""
     words = ["python", "train.py"]
     for key in dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)]):
         value = getattr(settings, key)
@@ -522,7 +459,7 @@ def make_parser():
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
     group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
-    group.add_argument("--seeds", metavar="N", help="train N seeds; prints mean, std and median")
+    group.add_argument("--seeds", type=int, metavar="N", help="train N seeds; prints mean, std and median")
     group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best")
     group.add_argument("--dry-run", action="store_true", help="with these: print the commands that are left")
     return parser
@@ -538,29 +475,30 @@ def main(argv=None):
     name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
     grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
     settings = make_settings(**flags)
-    if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)):
-        raise InputError(f"--name {name!r}: expected the name of a folder under {RUNS}/")
-    if seeds is not None and not re.fullmatch("[1-9][0-9]{0,3}", seeds):
-        raise InputError(f"--seeds {seeds}: expected a whole number from 1 to 9999")
-    if dry_run and not (seeds or grid):
-        raise InputError("--dry-run: expected together with --seeds or --grid")
-    if resume is not None and (flags or name or seeds or grid):
-        raise InputError("--resume goes on with the settings that the run has; give it without others")
-    if name is not None and (seeds or grid):
-        raise InputError("--name: runs of --seeds and --grid have names of their own")
-    check(settings)
-    autocast(choose_device(settings.device), settings.precision)
+    several, exits = seeds is not None or grid, " or ".join(settings.exits)
+    for wrong, sentence in (
+            (settings.exit not in settings.exits,
+             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {exits}"),
+            (name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)),
+             f"--name {name!r}: expected the name of a folder under {RUNS}/"),
+            (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
+            (seeds is not None and not 1 <= seeds <= 9999, f"--seeds {seeds}: expected from 1 to 9999"),
+            (dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
+            (resume is not None and (flags or name or several),
+             "--resume goes on with the settings that the run has; give it without others")):
+        if wrong:
+            raise InputError(sentence)
     if "LOCAL_RANK" in os.environ:      # by torchrun; what the host decides goes by gloo, without a GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
         atexit.register(dist.destroy_process_group)
     if resume is not None:
-        folder, settings = on_rank_0(lambda: find_stopped(resume or None))
-        run(settings, folder)
-    elif seeds or grid:
-        protocol(settings, int(seeds or 0), grid, dry_run)
+        folder = on_rank_0(lambda: find_run(resume or None, unfinished=True))
+        run(read_run(folder)[0], folder)
+    elif several:
+        protocol(settings, seeds or 0, grid, dry_run)
     elif name is not None:
-        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name))[0])
+        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name)))
     else:
         run(settings)
 
