@@ -1,7 +1,4 @@
-"""From files to examples and from predictions to scores: GLUE's tasks, own data, and the task `parity`.
-
-Whatever a file, a row or an argument can get wrong is an InputError of one sentence.
-"""
+"""From files to examples and from predictions to scores: GLUE's tasks, own data, and the task `parity`."""
 
 import contextlib
 import math
@@ -86,7 +83,6 @@ def get_task(name):
     classes) or `score` (a number). A Task is returned as it is."""
     if isinstance(name, Task):
         return name
-    name = str(name)
     if name in TASKS:
         return TASKS[name]
     splits = tuple(split for split in SPLITS if os.path.isfile(f"{name}/{split}.tsv"))
@@ -96,10 +92,9 @@ def get_task(name):
     path = Path(name, "train.tsv")
     header, rows = open_table(path)
     columns = PAIR if "sentence1" in header else SINGLE
-    label_column = "score" if "score" in header and "label" not in header else "label"
-    place = find_columns(path, header, (*columns, label_column))[-1]
-    if label_column == "score":
+    if "score" in header and "label" not in header:
         return Task(name, ".", None, columns, splits=splits)
+    place = find_columns(path, header, [*columns, "label"])[-1]
     labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
     if len(labels) < 2:
         raise damaged(path, f"the classes are {labels}, expected two or more", 2)
@@ -151,14 +146,12 @@ def read_label(task, word, path, line):
     if task.labels:
         if word in task.labels:
             return task.labels.index(word)
-        expected = "one of " + shorten(", ".join(task.labels))
-    else:
-        expected = "a finite number, for stsb from 0 to 5"
-        with contextlib.suppress(ValueError):
-            value = float(word)
-            if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
-                return value
-    raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
+        raise damaged(path, f"the label is {shorten(word)!r}, not in {shorten(', '.join(task.labels))}", line)
+    with contextlib.suppress(ValueError):
+        value = float(word)
+        if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
+            return value
+    raise damaged(path, f"the label is {shorten(word)!r}, not a finite number (for stsb, from 0 to 5)", line)
 
 
 def read_split(task, split, path, ids_path=None):
@@ -189,29 +182,24 @@ def read_split(task, split, path, ids_path=None):
 
 
 def select_mrpc(rows, split, path, ids_path):
-    """Yields the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
-    _, listed = open_table(ids_path, ["#1 ID", "#2 ID"])
-    dev_ids = {tuple(fields) for _, fields in listed}
-    missing, number = set(dev_ids), 1
+    """-> the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
+    dev_ids = {tuple(fields) for _, fields in open_table(ids_path, ["#1 ID", "#2 ID"])[1]}
+    parts, number = {"train": [], "dev": []}, 1
     for number, fields in rows:
         ids = tuple(fields[1:3])    # "#1 ID" and "#2 ID"
-        missing.discard(ids)
-        if (ids in dev_ids) == (split == "dev"):
-            yield number, fields
-    if missing or not dev_ids:
-        raise damaged(path, f"without {len(missing)} of the {len(dev_ids)} dev ids in {ids_path}", number)
+        parts["dev" if ids in dev_ids else "train"].append((number, fields))
+    if len(parts["dev"]) != len(dev_ids) or not dev_ids:
+        raise damaged(path, f"{len(parts['dev'])} of the {len(dev_ids)} dev ids in {ids_path}", number)
+    return parts[split]
 
 
 def read_inputs(path, task):
-    """Yields an unlabelled Example for each row of a file of any size. Its header has the task's own columns,
-    or `sentence`, or `sentence1` and `sentence2`. Every row must get its answer, so one that lacks a text
-    raises InputError."""
+    """Yields an unlabelled Example for each row of a file of any size, whose header has the task's own columns
+    or the plain ones. InputError if a row lacks a text, because each must get its answer."""
     task = get_task(task)
     header, rows = open_table(path)
-    columns = PAIR if task.pair else SINGLE
-    if set(task.columns) <= set(header):
-        columns = task.columns
-    places = find_columns(path, header, columns)
+    plain = PAIR if task.pair else SINGLE
+    places = find_columns(path, header, task.columns if set(task.columns) <= set(header) else plain)
     for number, fields in rows:
         if len(fields) <= max(places):
             raise damaged(path, f"{len(fields)} of {len(header)} fields", number)
@@ -221,12 +209,10 @@ def read_inputs(path, task):
 # ---- files of a task ----
 
 def load(task, split, data_dir=None):
-    """-> the rows of one split, a list of Example in the order of the file. mnli has dev_matched,
-    dev_mismatched, test_matched and test_mismatched; ax has test alone. Without `data_dir`, GLUE's files are
-    downloaded once into the cache; parity and own data do not use it. GLUE's test sets have no labels.
-
-    A row with too few fields, or in a labelled split with too many or no label, is dropped, and stderr says
-    how many; a test row with too many is kept, because GLUE's server wants an answer for every row."""
+    """-> the Examples of one split (mnli has dev_matched, dev_mismatched, test_matched and test_mismatched, ax
+    test alone) in the file's order. Without `data_dir`, GLUE's files are downloaded once into the cache; parity
+    and own data need neither. A row with too few fields, or in a labelled split with too many or no label, is
+    dropped, and stderr says how many; GLUE's test sets have no labels, and want an answer for every row."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -282,9 +268,8 @@ def fetch(task):
             download(url, path, sha256=sha256, size=size)
         except InputError as error:
             raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
-        if zipped:    # Text packs to a third or so: a member of 20 times the archive's size is no data set.
-            members = {f"{task.folder}/{split}.tsv": 20 * size for split in task.splits}
-            return extract_zip(path, unpacked, members)
+        if zipped:
+            return extract_zip(path, unpacked, {f"{task.folder}/{split}.tsv": 20 * size for split in task.splits})
     return root
 
 
@@ -301,11 +286,11 @@ NOUNS = ("cat dog bird king child horse nurse wolf poet pilot fox judge duke clo
 VERBS = "sleeps runs sings waits jumps laughs eats reads swims dreams works hides walks smiles cooks writes"
 
 
-def parity(split, seed=0):
+def parity(split):
     """-> a split of PonderNet's parity experiment, told in sentence pairs: text_b is text_a under k = 0..3
     nested negations, mixed with neutral phrases; the label is 1 ("same") where k is even. Half the rows have
     each label, and no pair occurs twice in the three splits."""
-    draw, seen = random.Random(seed), set()
+    draw, seen = random.Random(0), set()
 
     def pick(words):
         return words[int(draw.random() * len(words))]
@@ -379,12 +364,9 @@ def score(task, predictions, labels):
 
 def as_numbers(task, values, name):
     """values (N,) or (N, 1) -> float64 (N,): class indices, or finite numbers for a regression."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        values = np.asarray(values, dtype=np.float64).reshape(len(values))
-        right = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
-        if right.all():
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy().reshape(len(values))
+        if (np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)).all():
             return values
     expected = f"class indices below {task.num_labels}" if task.labels else "finite numbers"
     raise InputError(f"the {name} of {task.name} must be {expected}, one for each row")
