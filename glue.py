@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip, shorten
+from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip, guard, shorten
 
 
 # ---- tasks ----
@@ -58,22 +58,22 @@ TASKS = {task.name: task for task in (
     Task("parity", "parity", ("opposite", "same"), rows=(30000, 1000, 1000)),
 )}
 
-# Bytes and sha256, as Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt)
-# have them. MRPC's train and dev sets are made of Microsoft's training file and GLUE's list of dev ids.
+# With the sha256 that Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt) have.
+# MRPC's train and dev sets are made of Microsoft's training file and GLUE's list of dev ids.
 SERVER = "https://dl.fbaipublicfiles.com/"
 DOWNLOADS = {
-    "CoLA.zip": (376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    "SST-2.zip": (7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    "msr_paraphrase_train.txt": (1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
-    "msr_paraphrase_test.txt": (441275, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
-    "mrpc_dev_ids.tsv": (6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
-    "STS-B.zip": (802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
-    "QQP-clean.zip": (41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    "MNLI.zip": (312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "QNLIv2.zip": (10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "RTE.zip": (697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    "WNLI.zip": (28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-    "AX.tsv": (222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    "msr_paraphrase_test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
+    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+    "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
+    "AX.tsv": "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd",
 }
 
 
@@ -91,14 +91,13 @@ def get_task(name):
                          "one of " + ", ".join(TASKS))
     path = Path(name, "train.tsv")
     header, rows = open_table(path)
-    columns = PAIR if "sentence1" in header else SINGLE
-    if "score" in header and "label" not in header:
-        return Task(name, ".", None, columns, splits=splits)
-    place = find_columns(path, header, [*columns, "label"])[-1]
-    labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
-    if len(labels) < 2:
-        raise damaged(path, f"the classes are {labels}, expected two or more", 2)
-    return Task(name, ".", tuple(labels), columns, splits=splits)
+    columns, labels = PAIR if "sentence1" in header else SINGLE, None
+    if "label" in header or "score" not in header:
+        place = find_columns(path, header, ["label"])[0]
+        labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
+        if len(labels) < 2:
+            raise damaged(path, f"the classes are {labels}, expected two or more", 2)
+    return Task(name, ".", labels, columns, splits=splits)
 
 
 # ---- rows of a file ----
@@ -107,29 +106,22 @@ def damaged(path, reason, line):
     return InputError(f"{path}: not a whole TSV file ({reason}, line {line}); correct it or get it again")
 
 
-def read_lines(path):
-    """Yields (line number, fields). Only "\\n" ends a line, because texts hold U+2028 and its like; quotation
-    marks are text; the first line may have a BOM."""
-    number = 1
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8").split("\t")
-    except UnicodeDecodeError:
-        raise damaged(path, "not UTF-8 text", number) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the file") from None
-
-
 def open_table(path, header=None):
-    """-> the header (the first line, unless given) and a generator of (line number, fields) for the rows. An
-    empty line is no row, but in a table of one column it is an empty text."""
-    lines = read_lines(path)
+    """-> the header, which is the first line unless given, and a generator of (line number, fields).
+
+    Only "\\n" ends a line, because texts hold U+2028 and its like; quotation marks are text; the file may begin
+    with a BOM. An empty line is no row, but in a table of one column it is an empty text."""
+    def read():
+        with guard(path, "TSV file"), open(path, encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.removesuffix("\n").removesuffix("\r").split("\t")
+                if fields != [""] or not header or len(header) == 1:
+                    yield number, fields
+
+    rows = read()
     if header is None:
-        _, header = next(lines, (1, [""]))
-    return header, ((number, fields) for number, fields in lines if len(header) == 1 or fields != [""])
+        _, header = next(rows, (1, [""]))
+    return header, rows
 
 
 def find_columns(path, header, names):
@@ -146,12 +138,14 @@ def read_label(task, word, path, line):
     if task.labels:
         if word in task.labels:
             return task.labels.index(word)
-        raise damaged(path, f"the label is {shorten(word)!r}, not in {shorten(', '.join(task.labels))}", line)
-    with contextlib.suppress(ValueError):
-        value = float(word)
-        if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
-            return value
-    raise damaged(path, f"the label is {shorten(word)!r}, not a finite number (for stsb, from 0 to 5)", line)
+        expected = "one of " + shorten(", ".join(task.labels))
+    else:
+        expected = "a finite number, for stsb from 0 to 5"
+        with contextlib.suppress(ValueError):
+            value = float(word)
+            if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
+                return value
+    raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
 
 
 def read_split(task, split, path, ids_path=None):
@@ -194,8 +188,8 @@ def select_mrpc(rows, split, path, ids_path):
 
 
 def read_inputs(path, task):
-    """Yields an unlabelled Example for each row of a file of any size, whose header has the task's own columns
-    or the plain ones. InputError if a row lacks a text, because each must get its answer."""
+    """Yields an unlabelled Example for each row of a file of any size, whose header has the task's own
+    columns or the plain ones. InputError if a row lacks a text, because each must get its answer."""
     task = get_task(task)
     header, rows = open_table(path)
     plain = PAIR if task.pair else SINGLE
@@ -209,10 +203,11 @@ def read_inputs(path, task):
 # ---- files of a task ----
 
 def load(task, split, data_dir=None):
-    """-> the Examples of one split (mnli has dev_matched, dev_mismatched, test_matched and test_mismatched, ax
-    test alone) in the file's order. Without `data_dir`, GLUE's files are downloaded once into the cache; parity
-    and own data need neither. A row with too few fields, or in a labelled split with too many or no label, is
-    dropped, and stderr says how many; GLUE's test sets have no labels, and want an answer for every row."""
+    """-> the Examples of one split in the file's order; mnli has dev_matched, dev_mismatched, test_matched and
+    test_mismatched, ax has test alone. Without `data_dir`, GLUE's files are downloaded once into the cache.
+
+    A row with too few fields, or in a labelled split with too many or no label, is dropped, and stderr says
+    how many; GLUE's test sets have no labels, and its server wants an answer for every row."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -255,21 +250,19 @@ def find_files(task, split, data_dir):
 
 
 def fetch(task):
-    """Downloads and unpacks what is not in the cache yet -> a folder laid out like --data-dir."""
+    """Downloads and unpacks what is not in the cache yet -> a folder that will do as --data-dir."""
     root = cache_dir() / "glue"
     for name in task.downloads:
-        zipped, (size, sha256) = name.endswith(".zip"), DOWNLOADS[name]
-        path = root / name if zipped else root / task.folder / name
-        unpacked = path.with_suffix("")
-        if zipped and unpacked.is_dir():
-            return unpacked
+        path, folder, zipped = root / name, root / Path(name).stem, name.endswith(".zip")
+        if zipped and folder.is_dir():
+            return folder
         url = SERVER + ("senteval/senteval_data/" if name.startswith("msr_") else "glue/data/") + name
         try:
-            download(url, path, sha256=sha256, size=size)
+            download(url, path, sha256=DOWNLOADS[name])
         except InputError as error:
             raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
         if zipped:
-            return extract_zip(path, unpacked, {f"{task.folder}/{split}.tsv": 20 * size for split in task.splits})
+            return extract_zip(path, folder, {f"{task.folder}/{split}.tsv": 1 << 30 for split in task.splits})
     return root
 
 
@@ -329,8 +322,6 @@ def buckets(lengths, batch_size, generator=None):
     """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one is less than
     full. With a generator (training), shuffled rows are sorted by length within runs of 50 batches, and the
     batches are shuffled. Without one, the longest rows come first."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: expected 1 or more")
     lengths = np.asarray(lengths)
     if generator is None:
         return cut(np.argsort(-lengths, kind="stable").tolist(), batch_size)
@@ -365,8 +356,9 @@ def score(task, predictions, labels):
 def as_numbers(task, values, name):
     """values (N,) or (N, 1) -> float64 (N,): class indices, or finite numbers for a regression."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
-        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy().reshape(len(values))
-        if (np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)).all():
+        values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(len(values)).numpy()
+        right = np.isin(values, range(task.num_labels)) if task.labels else np.isfinite(values)
+        if right.all():
             return values
     expected = f"class indices below {task.num_labels}" if task.labels else "finite numbers"
     raise InputError(f"the {name} of {task.name} must be {expected}, one for each row")
@@ -407,8 +399,6 @@ def write_submission(zip_path, predictions):
     of the files that it lacks. The same predictions give the same bytes. If any is wrong, none is written."""
     texts = {}
     for (name, split), values in predictions.items():
-        if (name, split) not in SUBMISSION.values():
-            raise InputError(f"GLUE's server takes no predictions for {name}, {split}")
         task, values = TASKS[name], as_numbers(TASKS[name], values, "predictions")
         if len(values) != task.rows[split]:
             raise InputError(f"{len(values)} predictions for {name}, {split}: GLUE's server expects "
@@ -419,8 +409,6 @@ def write_submission(zip_path, predictions):
             words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
         rows = [f"{index}\t{word}\n" for index, word in enumerate(words)]
         texts[name, split] = "index\tprediction\n" + "".join(rows)
-    if not texts:
-        raise InputError("there are no predictions to submit: train at least one GLUE task first")
     with atomic_write(Path(zip_path)) as target, zipfile.ZipFile(target, "w") as archive:
         for name, key in SUBMISSION.items():
             if key in texts:
