@@ -109,8 +109,8 @@ def damaged(path, reason, line):
 def open_table(path, header=None):
     """-> the header, which is the first line unless given, and a generator of (line number, fields).
 
-    Only "\\n" ends a line, because texts hold U+2028 and its like; quotation marks are text; the file may begin
-    with a BOM. An empty line is no row, but in a table of one column it is an empty text."""
+    Only "\\n" ends a line, because texts hold U+2028 and its like; quotation marks are text; the file may
+    begin with a BOM. An empty line is no row, but in a table of one column it is an empty text."""
     def read():
         with guard(path, "TSV file"), open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
@@ -140,11 +140,10 @@ def read_label(task, word, path, line):
             return task.labels.index(word)
         expected = "one of " + shorten(", ".join(task.labels))
     else:
-        expected = "a finite number, for stsb from 0 to 5"
+        expected = "a finite number"
         with contextlib.suppress(ValueError):
-            value = float(word)
-            if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
-                return value
+            if math.isfinite(float(word)):
+                return float(word)
     raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
 
 
@@ -168,8 +167,8 @@ def read_split(task, split, path, ids_path=None):
         label = read_label(task, fields[label_place], path, number) if labelled else None
         examples.append(Example(*[fields[place] for place in places], label=label))
     if dropped:
-        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows, which lack a "
-              f"field or a label, or have too many (the first is line {dropped[0]})", file=sys.stderr)
+        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows with too few or too "
+              f"many fields or no label (the first is line {dropped[0]})", file=sys.stderr)
     if not examples:
         raise damaged(path, "no usable row", number)
     return examples
@@ -203,11 +202,9 @@ def read_inputs(path, task):
 # ---- files of a task ----
 
 def load(task, split, data_dir=None):
-    """-> the Examples of one split in the file's order; mnli has dev_matched, dev_mismatched, test_matched and
-    test_mismatched, ax has test alone. Without `data_dir`, GLUE's files are downloaded once into the cache.
-
-    A row with too few fields, or in a labelled split with too many or no label, is dropped, and stderr says
-    how many; GLUE's test sets have no labels, and its server wants an answer for every row."""
+    """-> the Examples of one split in the file's order; mnli has dev_matched, dev_mismatched, test_matched,
+    test_mismatched. Without `data_dir`, GLUE's files are downloaded once into the cache. A row with too few
+    fields, or in a labelled split with too many or no label, is dropped, and stderr says how many."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -216,7 +213,7 @@ def load(task, split, data_dir=None):
     paths = find_files(task, split, data_dir)
     if not paths:
         raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir or cache_dir()}: pass a --data-dir "
-                         "that holds it, or leave --data-dir out where there is a network")
+                         "that holds it, or none where there is a network")
     return read_split(task, split, *paths)
 
 

@@ -2505,7 +2505,7 @@ def test_every_character_is_cut_and_encoded_as_by_the_slow_tokenizers(tokenizers
         if hasattr(oracle, "pat"):    # where RoBERTa's words end, by the published pattern
             assert ours.words(text) == oracle.pat.findall(text), ascii(points[start])
         else:
-            assert ours.encode(text, None, 9999) == oracle_inputs(oracle, text, None, 9999), ascii(points[start])
+            assert ours.encode(text, None, 9999) == oracle_inputs(oracle, text, None, 9999), ascii(text)
 
 
 def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
@@ -2526,7 +2526,7 @@ def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00", "\0", "\x85",
+    "", " ", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00", "\0",
     "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]", "[pad]", "</s>", "<mask>"])
 def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text):
     tokenizer, oracle = tokenizers
@@ -2609,8 +2609,7 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
 
 @pytest.mark.parametrize("tokenizer_folder, settings, named", [
     ("albert", {"remove_space": False}, "remove_space"), ("albert", {"do_lower_case": "no"}, "do_lower_case"),
-    ("albert", {"cls_token": "<s>"}, "cls_token"), ("roberta", {"add_prefix_space": True}, "add_prefix_space"),
-    ("roberta", {"pad_token": {"__type": "AddedToken", "content": "</s>"}}, "pad_token"),
+    ("roberta", {"add_prefix_space": True}, "add_prefix_space"),
     ("albert", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
     ("roberta", {"additional_special_tokens": ["[E1]"]}, r"\[E1\]"),
     ("bert", {"strip_accents": False}, "strip_accents"),
@@ -2678,7 +2677,7 @@ def test_a_tokenizers_file_cut_flipped_or_of_other_content_is_refused_or_works(n
              for _ in range(400)]
     assert sum(works(mutated(whole, flip)) for flip in flips) < 350
     bad = [b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"\n",
-           b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 9999999999}', b"a b\n",
+           b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 9e9}', b"a b\n",
             b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\na\xff b\n",
            b"#version: 0.2\n\n", b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
            whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n"]
@@ -2791,7 +2790,7 @@ STSB = "sentence1|sentence2|score/a|b|"
     ("sst2", "sentence|label/a/b/", "no usable row, line 3"),
     *(("sst2", data, "utf-8") for data in (b"sentence\tlabel\n\xff\xfe\t1\n", tsv("a|1/").encode("utf-16"))),
     *(("sst2", f"sentence|label/a|{label}/", "label.*0, 1.*line 2") for label in ("2", "9" * 1000, "\xb2")),
-    *(("stsb", STSB + label, f"{label}.*from 0 to 5.*line 2") for label in ("5.1", "-0.1", "nan", "1e400"))])
+    *(("stsb", STSB + label, f"{label}.*finite.*line 2") for label in ("one", "nan", "1e400"))])
 def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, data, expected, tmp_path):
     data = tsv(data) if isinstance(data, str) else data
     path = write_file(tmp_path, f"{glue.TASKS[task].folder}/dev.tsv", data)
@@ -2813,7 +2812,7 @@ def test_a_damaged_task_file_gives_rows_or_an_input_error(tmp_path_factory, data
 
 
 @pytest.mark.parametrize("task, split, expected", [
-    ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev, test"),
+    ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev"),
     ("SST-2", "dev", "unknown task.*cola, sst2"),
     ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
 def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, tmp_path):

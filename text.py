@@ -38,14 +38,12 @@ class Tokenizer:
         self.vocab_size = max(self.pieces) + 1
         # What a text can become: never a separator or padding, whatever is written in it.
         self.ids = {piece: index for piece, index in ids.items() if piece not in self.special}
+        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
     def encode(self, a, b=None, max_length=128):
-        """Returns (ids, segments) of the text a, or of the pair a, b ("" is a text), cut to max_length.
-
-        ALBERT, BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segment 1 for B [SEP] and else 0. RoBERTa:
-        <s> A </s> or <s> A </s></s> B </s>, with segment 0. The longer text, B if both are equal, loses its
-        last token until all fit. A lone surrogate is U+FFFD. InputError if not even the special tokens fit.
-        """
+        """Returns (ids, segments) of the text a or the pair a, b: [CLS] A [SEP] or [CLS] A [SEP] B [SEP] with
+        segment 1 for B [SEP]; RoBERTa: <s> A </s> or <s> A </s></s> B </s> with segment 0. The longer text,
+        B if both are equal, loses its last token until all fit into max_length."""
         return self.encode_all([(a, b)], max_length)[0]
 
     def encode_all(self, examples, max_length=128):
@@ -66,7 +64,7 @@ class Tokenizer:
                 gc.enable()
 
     def texts_ids(self, texts):
-        """The ids of each text, word by word: word_ids() remembers the words that it has had."""
+        """The ids of each text, word by word; word_ids() remembers what it has had."""
         return [[index for word in self.words(text) for index in self.word_ids(word)] for text in texts]
 
     def join(self, a, b, max_length):
@@ -75,8 +73,7 @@ class Tokenizer:
         if room < 0:
             raise InputError(f"max_length is {max_length}: expected at least {special}, the special tokens")
         if b is None:
-            ids = [self.cls_id, *a[:room], self.sep_id]
-            return ids, [0] * len(ids)
+            return [self.cls_id, *a[:room], self.sep_id], [0] * (2 + len(a[:room]))
         keep_b = min(len(b), max(room // 2, room - len(a)))
         ids = [self.cls_id, *a[:room - keep_b], *[self.sep_id] * self.separators, *b[:keep_b], self.sep_id]
         return ids, [0] * (len(ids) - keep_b - 1) + [self.segment_b] * (keep_b + 1)
@@ -118,7 +115,7 @@ class AlbertTokenizer(Tokenizer):
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
             # SentencePiece's own ids are right but for these.
-            self.odd = {i for i, piece in self.pieces.items() if self.piece_ids(piece) != [i]} | {self.unk_id}
+            self.odd = {i for i, piece in self.pieces.items() if self.word_ids(piece) != [i]} | {self.unk_id}
 
     def texts_ids(self, texts):
         texts = [clean(text, **self.settings) for text in texts]
@@ -127,10 +124,10 @@ class AlbertTokenizer(Tokenizer):
             for n, ids in enumerate(ids_of_texts):
                 if not self.odd.isdisjoint(ids):
                     pieces = self.model.encode(texts[n], out_type=str)
-                    ids_of_texts[n] = [index for piece in pieces for index in self.piece_ids(piece)]
+                    ids_of_texts[n] = [index for piece in pieces for index in self.word_ids(piece)]
         return ids_of_texts
 
-    def piece_ids(self, piece):
+    def word_ids(self, piece):
         """The ids of a piece. One like "▁3," is cut: its digits are encoded anew, and the comma follows."""
         parts = [piece]
         if piece.endswith(",") and piece[-2:-1].isdigit():
@@ -154,11 +151,8 @@ def clean(text, do_lower_case=True, keep_accents=False):
 
 
 def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
-    """Trains a SentencePiece model with ALBERT's special ids, writes FOLDER/spiece.model -> AlbertTokenizer.
-
-    The same texts and seed give the same model, with fewer than vocab_size pieces if there is little in them.
-    It is of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one.
-    """
+    """Trains a SentencePiece model with ALBERT's special ids -> AlbertTokenizer of FOLDER/spiece.model. It is
+    of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one."""
     texts, model = [text for text in map(clean, texts) if text], io.BytesIO()
     if len(texts) > 100_000:
         texts = random.Random(seed).sample(texts, 100_000)
@@ -169,8 +163,8 @@ def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
             num_threads=1, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>",
             control_symbols=["[CLS]", "[SEP]", "[MASK]"])
     except RuntimeError as error:
-        raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts "
-                         f"({shorten(str(error))}): use more text or another size") from None
+        raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts, "
+                         f"use others: {shorten(str(error))}") from None
     path = Path(folder) / "spiece.model"
     with atomic_write(path) as file:
         file.write(model.getvalue())
@@ -205,7 +199,6 @@ class RobertaTokenizer(Tokenizer):
         # A byte is written as itself where that can be seen, else as one of the characters from U+0100 on.
         visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, map(chr, range(256, 512))
         self.symbols = [chr(byte) if byte in visible else next(others) for byte in range(256)]
-        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
     def words(self, text):
         if text.isascii():
@@ -255,7 +248,6 @@ class BertTokenizer(Tokenizer):
             pieces = read_lines(self.files["vocab.txt"])
             check(len(set(pieces)) == len(pieces), "it has a piece twice")
             self.set_vocabulary({piece: index for index, piece in enumerate(pieces)})
-        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
     def words(self, text):
         return text.split(" ")    # none of the steps of word_ids() looks beyond a space
@@ -314,21 +306,16 @@ def read_settings(folder, kind):
     files = (folder / "tokenizer_config.json", folder / "added_tokens.json")
     settings, added = [read_json(file) if os.path.isfile(file) else {} for file in files]
     with guard(files[0], "tokenizer_config.json"):
-        tokens = [*added, *settings.get("added_tokens_decoder", {}).values(),
-                  *(settings.get("additional_special_tokens") or [])]
+        tokens = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
+        tokens += [*added, *(settings.get("additional_special_tokens") or [])]
     obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
-    fixed = {**kind.fixed, **dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), kind.special))}
+    fixed = dict(kind.fixed)
     if kind is BertTokenizer:
         fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means this
     odd = [key for key, value in obeyed.items() if type(value) is not bool]
-    odd += [key for key, value in fixed.items() if spelling(settings.get(key)) not in (value, None)]
-    odd += [str(spelling(token)) for token in tokens if spelling(token) not in kind.special]
+    odd += [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
+    odd += [str(token) for token in tokens if token not in kind.special]
     if odd:
         raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(odd))}, which changes the ids, but "
                          f"{kind.__name__} does not know how; use a model without that")
     return obeyed.values()
-
-
-def spelling(value):
-    """A token's own text, where it comes with its properties; any other value as it is."""
-    return value.get("content", value) if isinstance(value, dict) else value
