@@ -89,15 +89,14 @@ def get_task(name):
     if splits[:2] != ("train", "dev"):
         raise InputError(f"unknown task {shorten(name)!r}: expected a folder with train.tsv and dev.tsv, or "
                          "one of " + ", ".join(TASKS))
-    path = Path(name, "train.tsv")
+    path, labels = Path(name, "train.tsv"), None
     header, rows = open_table(path)
-    columns, labels = PAIR if "sentence1" in header else SINGLE, None
     if "label" in header or "score" not in header:
-        place = find_columns(path, header, ["label"])[0]
+        [place] = find_columns(path, header, ["label"])
         labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
         if len(labels) < 2:
             raise damaged(path, f"the classes are {labels}, expected two or more", 2)
-    return Task(name, ".", labels, columns, splits=splits)
+    return Task(name, ".", labels, PAIR if "sentence1" in header else SINGLE, splits=splits)
 
 
 # ---- rows of a file ----
@@ -135,15 +134,11 @@ def find_columns(path, header, names):
 
 def read_label(task, word, path, line):
     """-> the class index or the number that a word stands for."""
-    if task.labels:
-        if word in task.labels:
-            return task.labels.index(word)
-        expected = "one of " + shorten(", ".join(task.labels))
-    else:
-        expected = "a finite number"
-        with contextlib.suppress(ValueError):
-            if math.isfinite(float(word)):
-                return float(word)
+    with contextlib.suppress(ValueError):
+        value = task.labels.index(word) if task.labels else float(word)
+        if math.isfinite(value):
+            return value
+    expected = "one of " + shorten(", ".join(task.labels)) if task.labels else "a finite number"
     raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
 
 
@@ -155,13 +150,11 @@ def read_split(task, split, path, ids_path=None):
         rows = select_mrpc(rows, split, path, ids_path)
     labelled = split not in task.test_splits or (task.name not in TASKS and task.label_column in header)
     places = find_columns(path, header, task.columns)
-    label_place = find_columns(path, header, [task.label_column])[0] if labelled else None
+    [label_place] = find_columns(path, header, [task.label_column]) if labelled else [None]
     examples, dropped, number = [], [], 1
     for number, fields in rows:
-        whole = len(fields) >= len(header)
-        if whole and labelled:
-            whole = len(fields) == len(header) and fields[label_place] != ""
-        if not whole:
+        surplus = len(fields) - len(header)
+        if surplus < 0 or (labelled and (surplus > 0 or fields[label_place] == "")):
             dropped.append(number)
             continue
         label = read_label(task, fields[label_place], path, number) if labelled else None
@@ -179,8 +172,7 @@ def select_mrpc(rows, split, path, ids_path):
     dev_ids = {tuple(fields) for _, fields in open_table(ids_path, ["#1 ID", "#2 ID"])[1]}
     parts, number = {"train": [], "dev": []}, 1
     for number, fields in rows:
-        ids = tuple(fields[1:3])    # "#1 ID" and "#2 ID"
-        parts["dev" if ids in dev_ids else "train"].append((number, fields))
+        parts["dev" if tuple(fields[1:3]) in dev_ids else "train"].append((number, fields))
     if len(parts["dev"]) != len(dev_ids) or not dev_ids:
         raise damaged(path, f"{len(parts['dev'])} of the {len(dev_ids)} dev ids in {ids_path}", number)
     return parts[split]
@@ -191,8 +183,8 @@ def read_inputs(path, task):
     columns or the plain ones. InputError if a row lacks a text, because each must get its answer."""
     task = get_task(task)
     header, rows = open_table(path)
-    plain = PAIR if task.pair else SINGLE
-    places = find_columns(path, header, task.columns if set(task.columns) <= set(header) else plain)
+    own, plain = set(task.columns) <= set(header), PAIR if task.pair else SINGLE
+    places = find_columns(path, header, task.columns if own else plain)
     for number, fields in rows:
         if len(fields) <= max(places):
             raise damaged(path, f"{len(fields)} of {len(header)} fields", number)
@@ -362,7 +354,7 @@ def as_numbers(task, values, name):
 
 
 def metric(name, x, y):
-    """-> the metric of predictions x and labels y (N,), at most 1. f1 is that of class 1."""
+    """-> the metric of predictions x and labels y (N,), at most 1; f1 of class 1."""
     if name == "accuracy":
         return (x == y).mean()
     if name == "f1":

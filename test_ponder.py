@@ -2432,11 +2432,10 @@ def roberta_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory):
     """vocab.txt of the characters and some of the words and halves of words of a few sentences."""
-    parts = {part for text in words(60, 3) + SENTENCES for part in re.findall(r"\w+|\S", text + text.lower())}
-    pieces = {*parts, *(part[:len(part) // 2] for part in parts), *"".join(parts)} - {""}
-    pieces = sorted(pieces | {"##" + piece for piece in pieces if random.Random(piece).random() < 0.9})
-    folder = tmp_path_factory.mktemp("bert")
-    lines = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, ""]
+    text, folder = " ".join(words(60, 3) + SENTENCES), tmp_path_factory.mktemp("bert")
+    pieces = {*re.findall(r"\w+|\S", text), *re.findall(r"\w{2}|\S", text + text.lower())}
+    pieces |= {"##" + piece for piece in pieces if random.Random(piece).random() < 0.9}
+    lines = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(pieces), ""]
     (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -2506,12 +2505,6 @@ def test_every_character_is_cut_and_encoded_as_by_the_slow_tokenizers(tokenizers
             assert ours.words(text) == oracle.pat.findall(text), ascii(points[start])
         else:
             assert ours.encode(text, None, 9999) == oracle_inputs(oracle, text, None, 9999), ascii(text)
-
-
-def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
-    tokenizer = text_module.load_tokenizer(albert_folder)
-    assert tokenizer.model.encode("in 12, 7", out_type=str)[-2] == "\u258112,"
-    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0])[-5:-1] == ["\u25811", "2", ",", "\u25817"]
 
 
 def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_folder):
@@ -2593,11 +2586,8 @@ def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatab
     assert one.tokens(range(5)) == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"] and one.pad_id == 0
     a, b = glue.load("parity", "test")[0][:2]
     assert len(one.encode(a, b)[0]) == 3 + len(a.split()) + len(b.split())
-
-
-@pytest.mark.parametrize("texts, size, found", [(["", " "], 8000, "these 0 texts"), (["a b"], 3, "3 pieces")])
-def test_texts_that_no_tokenizer_can_be_trained_on_are_refused(texts, size, found, tmp_path):
-    assert found in refused(text_module.train_tokenizer, texts, tmp_path, size)
+    for texts in ([" "], ["a b" * 9]):
+        assert "use others" in refused(text_module.train_tokenizer, texts, tmp_path, 3)
 
 
 def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path, albert_folder):
@@ -2676,15 +2666,13 @@ def test_a_tokenizers_file_cut_flipped_or_of_other_content_is_refused_or_works(n
     flips = [[(draw.randrange(len(whole)), 1 << draw.randrange(8)) for _ in range(draw.choice((1, 1, 3)))]
              for _ in range(400)]
     assert sum(works(mutated(whole, flip)) for flip in flips) < 350
-    bad = [b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"\n",
-           b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 9e9}', b"a b\n",
-            b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\na\xff b\n",
-           b"#version: 0.2\n\n", b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
+    bad = [b"", b"\0" * 100, b"<html>not found</html>", b"null", b"[" * 100_000, b'{"<s>": NaN}', b"a b\n",
+            b"#version: 0.2\na b c\n", b"#version: 0.2\na z\n", whole + b"x", b"\xff" + whole,
            whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n"]
     assert [data[:40] for data in bad if data != whole and works(data)] == []
 
 
-# ---- glue.py: files ----
+# ---- glue.py ----
 
 # Rows of each test set, as FACTS and GLUE's own pages state them, written down a second time on purpose.
 GLUE_TEST_ROWS = {"CoLA": 1063, "SST-2": 1821, "MRPC": 1725, "STS-B": 1379, "QQP": 390965, "MNLI-m": 9796,
@@ -2703,7 +2691,7 @@ LABELLED = {    # a labelled file of each task as GLUE writes it, and its labels
     "mrpc": (MRPC_HEADER + "1|1|2|a|b/0|3|4|c|d/", (1, 0)),
     "stsb": ("index|genre|sentence1|sentence2|score/0|g|a|b|5.000/1|g|c|d|0.8/", (5.0, 0.8)),
     "qqp": ("id|question1|question2|is_duplicate\r/1|a|b|0\r/1|c|d|1\r/", (0, 1)),
-    "mnli": ("id|sentence1|sentence2|label1|gold_label/0|a|b|x|contradiction/0|c|d|x|entailment/", (2, 0)),
+    "mnli": ("id|sentence1|sentence2|label1|gold_label/0|a|b|x|contradiction/0|c|d|x|neutral/", (2, 1)),
     "qnli": ("index|question|sentence|label/0|a|b|entailment/0|c|d|not_entailment/", (0, 1)),
     "rte": ("index|sentence1|sentence2|label/0|a|b|entailment/0|c|d|not_entailment/", (0, 1)),
     "wnli": ("index|sentence1|sentence2|label/0|a|b|0/0|c|d|1/", (0, 1)),
@@ -2732,14 +2720,10 @@ def test_every_task_is_read_from_the_layout_of_the_zips(name, tmp_path):
         assert glue.load(name, split, tmp_path) == [("a", "b" if task.pair else None, None)]
 
 
-def test_the_table_of_tasks_says_what_glue_says():
-    tasks = glue.TASKS
-    assert " ".join(tasks) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli ax parity"
-    assert [task.num_labels for task in tasks.values()] == [2, 2, 2, 1, 2, 3, 2, 2, 2, 3, 2]
-    assert tasks["mnli"].labels == tasks["ax"].labels == ("entailment", "neutral", "contradiction")
-    assert tasks["rte"].labels == tasks["qnli"].labels == ("entailment", "not_entailment")
-    rows = {file[:-4]: tasks[name].rows[split] for file, (name, split) in glue.SUBMISSION.items()}
-    assert rows == GLUE_TEST_ROWS
+@pytest.mark.parametrize("name", ["AX.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv"])
+def test_ax_is_found_under_each_of_its_names(name, tmp_path):
+    write_file(tmp_path, name, tsv("index|sentence1|sentence2/0|a|b"))
+    assert glue.load("ax", "test", tmp_path) == [("a", "b", None)]
 
 
 @pytest.mark.parametrize("ids", ["mrpc_dev_ids.tsv", "dev_ids.tsv"])
@@ -2756,12 +2740,6 @@ def test_mrpc_is_made_from_the_raw_files_and_the_dev_ids(ids, tmp_path):
         write_file(tmp_path, f"MRPC/{ids}", tsv(damage))
         for split in ("train", "dev"):
             assert re.search(f"msr_paraphrase_train.*{said}", refused(glue.load, "mrpc", split, tmp_path))
-
-
-@pytest.mark.parametrize("name", ["AX.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv"])
-def test_ax_is_found_under_each_of_its_names(name, tmp_path):
-    write_file(tmp_path, name, tsv("index|sentence1|sentence2/0|a|b"))
-    assert glue.load("ax", "test", tmp_path) == [("a", "b", None)]
 
 
 def test_lines_end_at_newlines_alone_and_quotes_and_later_boms_are_text(tmp_path):
@@ -2782,6 +2760,14 @@ def test_rows_with_too_few_or_too_many_fields_are_dropped_with_a_count(tmp_path,
 
 
 STSB = "sentence1|sentence2|score/a|b|"
+
+
+@pytest.mark.parametrize("task, split, expected", [
+    ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev"),
+    ("SST-2", "dev", "unknown task.*cola, sst2"), ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
+def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, tmp_path):
+    for folder in (tmp_path / "none", "a\0b"):
+        assert re.search(expected, refused(glue.load, task, split, folder))
 
 
 @pytest.mark.parametrize("task, data, expected", [
@@ -2811,16 +2797,6 @@ def test_a_damaged_task_file_gives_rows_or_an_input_error(tmp_path_factory, data
         assert "\n" not in str(error) and str(path) in str(error)
 
 
-@pytest.mark.parametrize("task, split, expected", [
-    ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev"),
-    ("SST-2", "dev", "unknown task.*cola, sst2"),
-    ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
-def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, tmp_path):
-    for folder in (tmp_path, tmp_path / "none", "a\0b"):
-        assert re.search(expected, refused(glue.load, task, split, folder))
-    assert glue.sources("parity") == glue.sources("rte", tmp_path) == []
-
-
 @pytest.mark.parametrize("task, urls", [
     ("qnli", ["glue/data/QNLIv2.zip"]), ("ax", ["glue/data/AX.tsv"]), ("mrpc", [
         "senteval/senteval_data/msr_paraphrase_train.txt", "senteval/senteval_data/msr_paraphrase_test.txt",
@@ -2829,6 +2805,7 @@ def test_without_data_dir_files_are_downloaded_once_and_zips_unpacked(task, urls
     seen = []
 
     def download(url, path, sha256):
+        assert len(sha256) == 64
         seen.append(url)
         files = {"mrpc_dev_ids.tsv": "1\t2\n", "AX.tsv": tsv(LABELLED["rte"][0])}
         text = files.get(path.name, tsv(LABELLED["mrpc"][0]))
@@ -2845,20 +2822,6 @@ def test_without_data_dir_files_are_downloaded_once_and_zips_unpacked(task, urls
     assert list(dict.fromkeys(seen)) == ["https://dl.fbaipublicfiles.com/" + url for url in urls]
     assert (len(seen) == 1 or task != "qnli") and not list(tmp_path.rglob("more"))
 
-
-@pytest.mark.parametrize("name", [name for name in glue.TASKS if name != "parity"])
-def test_without_a_network_the_sentence_says_so_and_names_data_dir(name, tmp_path, monkeypatch):
-    def download(url, path, sha256):
-        assert len(sha256) == 64
-        raise InputError(f"no connection to {url}")
-
-    monkeypatch.setenv("PALBERT_CACHE", str(tmp_path))
-    monkeypatch.setattr(glue, "download", download)
-    said = refused(glue.load, name, glue.TASKS[name].splits[0])
-    assert re.search(f"no connection to https://.*--data-dir that holds {glue.TASKS[name].folder}/", said)
-
-
-# ---- glue.py: own data ----
 
 COLOURS = tsv("label|sentence/red|fire/green|grass/blue|sea/red|rose/")
 HEIGHTS = tsv("sentence1|sentence2|score/a|b|-1.5/c|d|70/")
@@ -2920,13 +2883,6 @@ def test_inputs_are_read_in_order_by_the_tasks_own_columns_or_the_plain_ones(tas
         assert list(glue.read_inputs(path, task)) == expected
 
 
-def test_inputs_are_read_no_further_than_they_are_asked_for(tmp_path):
-    path = write_file(tmp_path, "in.tsv", b"sentence\n" + b"a\n" * 100_000 + b"\xff")
-    assert next(glue.read_inputs(path, "sst2")) == ("a", None, None)    # the damage at the end is not reached
-
-
-# ---- glue.py: parity and batches ----
-
 def test_parity_is_balanced_at_every_length_disjoint_and_the_same_every_time():
     splits, by_length = {split: glue.load("parity", split) for split in ("train", "dev", "test")}, {}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 30000, "dev": 1000, "test": 1000}
@@ -2965,8 +2921,6 @@ def test_buckets_depend_on_the_generator_alone_change_each_epoch_and_pad_little(
     assert all(max(batch) - min(batch) > 20 for batch in same)    # equal lengths are shuffled
 
 
-# ---- glue.py: scores and submissions ----
-
 def check_scores(task, predictions, labels):
     """score() against scikit-learn and SciPy, whose NaN is 0 here."""
     from sklearn import metrics
@@ -2999,9 +2953,6 @@ def test_scores_by_hand_and_of_large_or_extreme_input():
     assert glue.score("stsb", torch.tensor([[1.0], [2.0]]), torch.tensor([0, 5]))["score"] > 99.999
     for size in (1e-200, 1e200, 4e307):
         assert glue.score("stsb", [size, 2 * size, 4 * size], [1, 2, 4])["pearson"] == pytest.approx(100)
-    draw = np.random.default_rng(0)
-    check_scores("qqp", draw.integers(0, 2, 390_965), draw.integers(0, 2, 390_965))
-    check_scores("stsb", draw.normal(size=20_000), draw.integers(0, 26, 20_000) / 5)
 
 
 @pytest.mark.parametrize("task, predictions, labels", [
@@ -3043,15 +2994,12 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
     for name, split in glue.SUBMISSION.values():
         n, classes = glue.TASKS[name].rows[split], glue.TASKS[name].num_labels
         predictions[name, split] = draw.normal(2.5, 3, n) if classes == 1 else draw.integers(0, classes, n)
+    predictions["rte", "test"][:2] = 0, 1
     assert glue.write_submission(tmp_path / "a.zip", predictions) == []
     check_submission(tmp_path / "a.zip", list(GLUE_TEST_ROWS))
     glue.write_submission(tmp_path / "b.zip", dict(reversed(predictions.items())))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    some = {("ax", "test"): predictions["ax", "test"], ("rte", "test"): np.r_[[0, 1], np.zeros(2998)]}
-    missing = " ".join(glue.write_submission(tmp_path / "c.zip", some))
-    assert missing == "CoLA.tsv SST-2.tsv MRPC.tsv STS-B.tsv QQP.tsv MNLI-m.tsv MNLI-mm.tsv QNLI.tsv WNLI.tsv"
-    check_submission(tmp_path / "c.zip", ["RTE", "AX"])
-    with zipfile.ZipFile(tmp_path / "c.zip") as archive:
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.read("RTE.tsv").startswith(b"index\tprediction\n0\tentailment\n1\tnot_entailment\n")
 
 
