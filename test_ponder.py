@@ -2532,7 +2532,7 @@ def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token
         assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
 
 
-def test_a_lone_surrogate_is_the_replacement_character_and_an_empty_second_text_is_a_text(tokenizers):
+def test_a_lone_surrogate_is_u_fffd_and_an_empty_second_text_is_a_text(tokenizers):
     ours, oracle = tokenizers
     assert ours.encode("a\udfffb \ud800") == oracle_inputs(oracle, "a\ufffdb \ufffd")
     assert ours.encode("x", "") == oracle_inputs(oracle, "x", "") != ours.encode("x")
@@ -2783,18 +2783,17 @@ def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, d
     assert re.search(f"{re.escape(str(path))}.*{expected}.*again", refused(glue.load, task, "dev", tmp_path))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_a_damaged_task_file_gives_rows_or_an_input_error(tmp_path_factory, data):
-    name = data.draw(st.sampled_from(sorted(LABELLED)))
-    text = tsv(LABELLED[name][0]).encode("utf-8")
-    changes = data.draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3))
-    text = mutated(text, changes)[:data.draw(st.integers(0, len(text)))]
-    path = write_file(tmp_path_factory.mktemp("damaged"), f"{glue.TASKS[name].folder}/train.tsv", text)
-    try:
-        assert glue.load(name, "train", path.parent)
-    except InputError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_damaged_task_file_gives_rows_or_an_input_error(name, tmp_path):
+    whole, draw = tsv(LABELLED[name][0]).encode("utf-8"), random.Random(0)
+    for _ in range(100):
+        changes = [(draw.randrange(200), draw.randrange(256)) for _ in range(draw.randrange(4))]
+        data = mutated(whole, changes)[:draw.randint(0, len(whole))]
+        path = write_file(tmp_path, f"{glue.TASKS[name].folder}/train.tsv", data)
+        try:
+            assert glue.load(name, "train", tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
 
 
 @pytest.mark.parametrize("task, urls", [
