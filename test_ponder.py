@@ -1985,9 +1985,8 @@ def words(n, seed=0):
 @pytest.fixture(scope="module")
 def albert_folder(tmp_path_factory):
     """A folder with a SentencePiece model of a few hundred pieces, some like "3,"."""
-    folder = tmp_path_factory.mktemp("albert")
-    texts = words(400) + SENTENCES + ["year 3, 12, 3,000 1,234, 9,9,"] * 30
-    text_module.train_tokenizer(texts, folder, vocab_size=500)
+    folder, digits = tmp_path_factory.mktemp("albert"), ["year 3, 12, 3,000 1,234, 9,9,"] * 30
+    text_module.train_tokenizer(words(400) + SENTENCES + digits, folder, vocab_size=500)
     return folder
 
 
@@ -1998,10 +1997,10 @@ def roberta_folder(tmp_path_factory):
     parts = re.findall(r" ?\w+|\s+|\S", " ".join(words(60, 3) + SENTENCES))
     parts = ["".join(symbols[byte] for byte in part.encode()) for part in parts if len(part) < 9]
     merges = dict.fromkeys((part[:i], part[i]) for part in parts[::2] for i in range(1, len(part)))
-    pieces = [*symbols.values(), *map("".join, merges)]
-    pieces = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *pieces, "<mask>"])
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *symbols.values(), *map("".join, merges), "<mask>"]
     folder = tmp_path_factory.mktemp("roberta")
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -2010,34 +2009,33 @@ def roberta_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory):
     """vocab.txt of the characters and some of the words and halves of words of a few sentences."""
-    parts = {part for text in words(60, 3) + SENTENCES for part in re.findall(r"\w+|\S", text + text.lower())}
-    pieces = {*parts, *(part[:len(part) // 2] for part in parts), *"".join(parts)} - {""}
-    pieces = sorted(pieces | {"##" + piece for piece in pieces if random.Random(piece).random() < 0.9})
-    folder = tmp_path_factory.mktemp("bert")
-    lines = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, ""]
+    text, folder = " ".join(words(60, 3) + SENTENCES), tmp_path_factory.mktemp("bert")
+    pieces = {*re.findall(r"\w+|\S", text), *re.findall(r"\w{2}|\S", text + text.lower())}
+    pieces |= {"##" + piece for piece in pieces if random.Random(piece).random() < 0.9}
+    lines = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(pieces), ""]
     (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
-TOKENIZERS = {
-    "albert": {}, "albert with accents": {"keep_accents": True}, "albert with case": {"do_lower_case": False},
-    "roberta": {}, "bert": {}, "bert with case": {"do_lower_case": False},
-}
+@pytest.fixture(params=["albert", "roberta", "bert"])
+def tokenizer_folder(request, tmp_path):
+    """A folder that a test may change, named after its tokenizer."""
+    return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / request.param))
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
+@pytest.fixture(scope="module", params=["albert", 'albert {"keep_accents": true}', "roberta", "bert",
+                                        'albert {"do_lower_case": false}', 'bert {"do_lower_case": false}'])
 def tokenizers(request, tmp_path_factory):
     """Our tokenizer of a folder, and the slow one that transformers makes of it."""
-    kind, settings = request.param.split()[0], TOKENIZERS[request.param]
-    folder = tmp_path_factory.mktemp("tokenizer")
-    shutil.copytree(request.getfixturevalue(f"{kind}_folder"), folder, dirs_exist_ok=True)
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    kind, _, settings = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp("tokenizer") / kind
+    shutil.copytree(request.getfixturevalue(f"{kind}_folder"), folder)
+    (folder / "tokenizer_config.json").write_text(settings or "{}")
     oracle = getattr(transformers, kind.title() + "Tokenizer").from_pretrained(folder)
     return text_module.load_tokenizer(folder), oracle
 
 
-def oracle_inputs(oracle, a, b, max_length):
+def oracle_inputs(oracle, a, b=None, max_length=128):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids_a = oracle.convert_tokens_to_ids(oracle.tokenize(a))
@@ -2056,16 +2054,12 @@ SPECIAL = re.compile(r"<(unk|pad|mask|s|/s)>|\[(cls|sep|mask|unk|pad)\]", re.IGN
 ODD_TEXT = ODD_TEXT.filter(lambda text: not SPECIAL.search(text))
 
 
-@pytest.mark.parametrize("max_length", [128, 64, 16, 5])
+@pytest.mark.parametrize("max_length", [128, 16, 5])
 def test_ids_and_segments_equal_the_slow_tokenizers_of_transformers(tokenizers, max_length):
     ours, oracle = tokenizers
     texts = SENTENCES + words(30, 1) + [" ".join(words(20, 2))]
     rows = [(a, None) for a in texts] + [(a, b) for a in texts for b in random.Random(a).sample(texts, 4)]
-    batch = ours.encode_all(rows, max_length)
-    assert max(len(ids) for ids, _ in batch) == max_length
-    for (a, b), got in zip(rows, batch):
-        assert got == oracle_inputs(oracle, a, b, max_length), ascii((a, b))
-        assert got == ours.encode(a, b, max_length)
+    assert ours.encode_all(rows, max_length) == [oracle_inputs(oracle, *row, max_length) for row in rows]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -2075,30 +2069,19 @@ def test_ids_and_segments_equal_the_slow_tokenizers_on_any_text(tokenizers, a, b
     assert ours.encode(a, b, max_length) == oracle_inputs(oracle, a, b, max_length)
 
 
-@pytest.mark.parametrize("tokenizers", ["albert", "bert", "bert with case"], indirect=True)
-def test_ids_equal_the_slow_tokenizers_at_every_character_with_case_marks_or_punctuation(tokenizers):
+@pytest.mark.parametrize("tokenizers", ["albert", "roberta", "bert", 'bert {"do_lower_case": false}'],
+                         indirect=True)
+def test_every_character_is_cut_and_encoded_as_by_the_slow_tokenizers(tokenizers):
     ours, oracle = tokenizers
     points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
-    points = [c for c in points if unicodedata.category(c) != "Lo" or ord(c) % 16 == 0]
+    if oracle.pad_token != "<pad>":
+        points = [c for c in points if unicodedata.category(c) != "Lo" or ord(c) % 16 == 0]
     for start in range(0, len(points), 64):
-        text = "".join(f"a{c}1 {c}{c}. " for c in points[start:start + 64])
-        expected = oracle.convert_tokens_to_ids(oracle.tokenize(text))
-        assert ours.encode(text, None, 10_000)[0][1:-1] == expected, ascii(points[start])
-
-
-def test_alberts_pieces_of_a_digit_and_a_comma_are_cut(albert_folder):
-    tokenizer = text_module.load_tokenizer(albert_folder)
-    assert tokenizer.model.encode("in 12, 7", out_type=str)[-2] == "\u258112,"
-    assert tokenizer.tokens(tokenizer.encode("in 12, 7")[0])[-5:-1] == ["\u25811", "2", ",", "\u25817"]
-
-
-def test_roberta_cuts_words_where_the_published_pattern_does(roberta_folder):
-    tokenizer = text_module.load_tokenizer(roberta_folder)
-    published = transformers.RobertaTokenizer.from_pretrained(roberta_folder).pat
-    points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
-    for start in range(0, len(points), 64):  # before and after a letter, a number, a space and an apostrophe
         text = "".join(f"a{c}1{c} {c}{c}. '{c}s" for c in points[start:start + 64])
-        assert tokenizer.words(text) == published.findall(text), ascii(points[start])
+        if hasattr(oracle, "pat"):    # where RoBERTa's words end, by the published pattern
+            assert ours.words(text) == oracle.pat.findall(text), ascii(points[start])
+        else:
+            assert ours.encode(text, None, 9999) == oracle_inputs(oracle, text, None, 9999), ascii(text)
 
 
 def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_folder):
@@ -2113,10 +2096,8 @@ def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "x", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00",
-    "\0", "\r\n", "\ufeff", "\t\"'", "\x85\u2028", "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]",
-    "[pad]", "</s>", "<mask>",
-])
+    "", " ", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00", "\0",
+    "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]", "[pad]", "</s>", "<mask>"])
 def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text):
     tokenizer, oracle = tokenizers
     for b in (None, "", "x y", text):
@@ -2128,10 +2109,10 @@ def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token
         assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
 
 
-def test_a_lone_surrogate_is_the_replacement_character_and_an_empty_second_text_is_a_text(tokenizers):
+def test_a_lone_surrogate_is_u_fffd_and_an_empty_second_text_is_a_text(tokenizers):
     ours, oracle = tokenizers
-    assert ours.encode("a\udfffb \ud800") == oracle_inputs(oracle, "a\ufffdb \ufffd", None, 128)
-    assert ours.encode("x", "") == oracle_inputs(oracle, "x", "", 128) != ours.encode("x")
+    assert ours.encode("a\udfffb \ud800") == oracle_inputs(oracle, "a\ufffdb \ufffd")
+    assert ours.encode("x", "") == oracle_inputs(oracle, "x", "") != ours.encode("x")
 
 
 def test_a_special_token_in_a_text_whose_characters_albert_does_not_know_is_unknown(tmp_path):
@@ -2146,27 +2127,24 @@ def test_a_text_of_marks_alone_is_encoded_like_the_reference_and_in_linear_time(
     ours, oracle = tokenizers
     marks = "\u0301\u0323\u302e\U0001d165"    # the last two stay where accents go, and have to change places
     for text in (marks * 200, "e" + marks * 20, f"e{marks} {marks}e", "\u1e0b\u0323" * 9):
-        assert ours.encode(text) == oracle_inputs(oracle, text, None, 128)
-    started = time.perf_counter()
+        assert ours.encode(text) == oracle_inputs(oracle, text)
+    started = time.process_time()
     ours.encode(marks * 50_000)
-    assert time.perf_counter() - started < 8    # about 0.5 s; normalize() alone would take 30 s
+    assert time.process_time() - started < 8    # about 0.5 s; normalize() alone would take 30 s
 
 
 def test_a_length_without_room_for_the_special_tokens_is_refused(tokenizers):
     ours, oracle = tokenizers
     for b, least in ((None, 2), ("c", oracle.num_special_tokens_to_add(pair=True))):
         assert len(ours.encode("a b c", b, least)[0]) == least
-        with pytest.raises(InputError, match=f"expected at least {least}"):
-            ours.encode("a b c", b, least - 1)
+        assert f"expected at least {least}" in refused(ours.encode, "a b c", b, least - 1)
 
 
 def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(tokenizers, tmp_path):
     ours, oracle = tokenizers
-    (tmp_path / "new").mkdir()
-    ours.save(tmp_path / "new")
-    saved = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
-    assert ours.files.items() <= saved.items()
-    again = text_module.load_tokenizer(tmp_path / "new")
+    ours.save(tmp_path)
+    assert ours.files.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+    again = text_module.load_tokenizer(tmp_path)
     assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
     assert again.tokens(range(9)) == oracle.convert_ids_to_tokens(range(9))
 
@@ -2175,72 +2153,45 @@ def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(tokenizers, 
 def test_encode_all_refuses_strings_where_examples_belong(tokenizers, examples):
     with pytest.raises(TypeError, match=r"\(text, None\)"):
         tokenizers[0].encode_all(examples)
-
-
-def test_encode_all_takes_any_iterable_and_leaves_the_garbage_collector_as_it_was(tokenizers):
-    rows = [("a", None, 1), ("a", "b", 0)]
-    assert tokenizers[0].encode_all(iter(rows)) == [tokenizers[0].encode(*row[:2]) for row in rows]
     assert gc.isenabled() and tokenizers[0].encode_all([]) == []
 
 
 def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatable(tmp_path):
     texts = [text for example in glue.load("parity", "dev") for text in example[:2]]
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    one, two = (text_module.train_tokenizer(texts, tmp_path / name, 8000, seed=3) for name in "ab")
+    one, two = (text_module.train_tokenizer(texts, tmp_path, 8000, seed=3) for _ in range(2))
     assert one.files == two.files and one.vocab_size < 8000
     assert one.tokens(range(5)) == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"] and one.pad_id == 0
     a, b = glue.load("parity", "test")[0][:2]
     assert len(one.encode(a, b)[0]) == 3 + len(a.split()) + len(b.split())
-
-
-@pytest.mark.parametrize("texts, size, found", [(["", " "], 8000, "these 0 texts"), (["a b"], 3, "3 pieces")])
-def test_texts_that_no_tokenizer_can_be_trained_on_are_refused(texts, size, found, tmp_path):
-    with pytest.raises(InputError, match=found):
-        text_module.train_tokenizer(texts, tmp_path, size)
-
-
-# ---- text.py: folders and files ----
-
-@pytest.fixture(params=["albert", "roberta", "bert"])
-def tokenizer_folder(request, tmp_path):
-    """A folder that a test may change, named after its tokenizer."""
-    return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / request.param))
+    for texts in ([" "], ["a b" * 9]):
+        assert "use others" in refused(text_module.train_tokenizer, texts, tmp_path, 3)
 
 
 def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path, albert_folder):
-    with pytest.raises(InputError, match="spiece.model.*vocab.json.*vocab.txt"):
-        text_module.load_tokenizer(tmp_path)
+    assert re.search("spiece.model.*vocab.json.*vocab.txt", refused(text_module.load_tokenizer, tmp_path))
     shutil.copy(albert_folder / "spiece.model", tmp_path / "30k-clean.model")
     assert isinstance(text_module.load_tokenizer(tmp_path), text_module.AlbertTokenizer)
-    with pytest.raises(InputError, match="cannot read .*nowhere"):
-        text_module.BertTokenizer(tmp_path / "nowhere")
+    assert "cannot read " in refused(text_module.BertTokenizer, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("tokenizer_folder, settings, named", [
-    ("albert", {"remove_space": False}, "remove_space"),
-    ("albert", {"do_lower_case": "no"}, "do_lower_case"),
-    ("albert", {"cls_token": "<s>"}, "cls_token"),
-    ("roberta", {"pad_token": {"__type": "AddedToken", "content": "</s>"}}, "pad_token"),
-    ("albert", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
+    ("albert", {"remove_space": False}, "remove_space"), ("albert", {"do_lower_case": "no"}, "do_lower_case"),
     ("roberta", {"add_prefix_space": True}, "add_prefix_space"),
+    ("albert", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
     ("roberta", {"additional_special_tokens": ["[E1]"]}, r"\[E1\]"),
     ("bert", {"strip_accents": False}, "strip_accents"),
     ("bert", {"do_lower_case": False, "strip_accents": True}, "strip_accents"),
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ("bert", {"added_tokens_decoder": {"7": {"content": "E1"}, "8": {"content": "[E2]"}}}, r"E1, \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
+    *((kind, None, "covid, which") for kind in ("albert", "roberta", "bert")),
 ], indirect=["tokenizer_folder"])
-def test_settings_that_change_the_ids_in_another_way_are_refused_by_name(tokenizer_folder, settings, named):
-    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=named):
-        text_module.load_tokenizer(tokenizer_folder)
-
-
-def test_added_tokens_are_refused_by_name(tokenizer_folder):
-    (tokenizer_folder / "added_tokens.json").write_text('{"covid": 999, "[MASK]": 4, "<mask>": 4}')
-    with pytest.raises(InputError, match="covid"):
-        text_module.load_tokenizer(tokenizer_folder)
+def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(tokenizer_folder, settings, named):
+    if settings is None:
+        (tokenizer_folder / "added_tokens.json").write_text('{"covid": 999}')
+    else:
+        (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert re.search(named, refused(text_module.load_tokenizer, tokenizer_folder))
 
 
 def test_settings_that_transformers_writes_by_itself_change_nothing(tokenizer_folder):
@@ -2254,74 +2205,51 @@ def test_settings_that_transformers_writes_by_itself_change_nothing(tokenizer_fo
 
 @pytest.mark.parametrize("tokenizer_folder", ["roberta"], indirect=True)
 def test_robertas_vocabulary_of_2019_leaves_out_three_ids(tokenizer_folder):
-    vocab = json.loads((tokenizer_folder / "vocab.json").read_text())
-    last = max(vocab.values())
-    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 3}))
-    tokenizer = text_module.load_tokenizer(tokenizer_folder)
-    assert tokenizer.vocab_size == last + 4 and tokenizer.tokens([last, last + 3]) == ["<unk>", "<mask>"]
-    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocab | {"<mask>": last + 20}))
-    with pytest.raises(InputError, match="vocab.json: not a whole .*at most 10 left out.*get it again"):
-        text_module.load_tokenizer(tokenizer_folder)
+    path = tokenizer_folder / "vocab.json"
+    vocabulary = json.loads(path.read_text())
+    last = max(vocabulary.values())
+    path.write_text(json.dumps(vocabulary | {"<mask>": last + 3}))
+    assert text_module.load_tokenizer(tokenizer_folder).vocab_size == last + 4
+    path.write_text(json.dumps(vocabulary | {"<mask>": last + 20}))
+    assert "at most 10 left out" in refused(text_module.load_tokenizer, tokenizer_folder)
 
 
-@pytest.fixture(params=["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
-def damaged_tokenizer(request, tmp_path):
-    """The bytes of a small file, and a function of other bytes: True if they are refused by one sentence that
-    names the file, False if they make a tokenizer that works."""
+@pytest.mark.parametrize("name", ["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
+def test_a_tokenizers_file_cut_flipped_or_of_other_content_is_refused_or_works(name, tmp_path):
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
     files = {"vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
              "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode()}
-    if request.param == "vocab.txt":
+    if name == "vocab.txt":
         files = {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode()}
-    if request.param == "spiece.model":
+    if name == "spiece.model":
         files = text_module.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30).files
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
+    for other, data in files.items():
+        put(tmp_path / other, data)
+    whole, draw = files[name], random.Random(0)
 
-    def refused(data):
-        (tmp_path / request.param).write_bytes(data)
+    def works(data):
+        put(tmp_path / name, data)
         try:
             tokenizer = text_module.load_tokenizer(tmp_path)
             for text in ("the cat, 3,000", "caf\u00e9 \u4e2d \U0001f600 a\0b", ""):
                 tokenizer.tokens(tokenizer.encode(text, "x")[0])
         except InputError as error:
-            assert request.param in str(error) and "\n" not in str(error) and len(str(error)) < 500
-            return True
-        return False
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 500
+            return False
+        return True
 
-    return files[request.param], refused
-
-
-def test_a_tokenizers_file_cut_at_any_byte_is_refused_or_works(damaged_tokenizer):
-    whole, refused = damaged_tokenizer
-    works = [n for n in range(len(whole)) if not refused(whole[:n])]
-    assert len(works) < len(whole) / 2 and (b"<pad>\x15" in whole or all(whole[n - 1] == 10 for n in works))
-
-
-def test_a_tokenizers_file_with_flipped_bits_is_refused_or_works(damaged_tokenizer):
-    whole, refused = damaged_tokenizer
-    draw, count = random.Random(0), 0
-    for _ in range(400):
-        data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 3))):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        count += refused(bytes(data))
-    assert count > 50
+    ends = [n for n in range(len(whole)) if works(whole[:n])]
+    assert len(ends) < len(whole) / 2 and (name == "spiece.model" or all(whole[n - 1] == 10 for n in ends))
+    flips = [[(draw.randrange(len(whole)), 1 << draw.randrange(8)) for _ in range(draw.choice((1, 1, 3)))]
+             for _ in range(400)]
+    assert sum(works(mutated(whole, flip)) for flip in flips) < 350
+    bad = [b"", b"\0" * 100, b"<html>not found</html>", b"null", b"[" * 100_000, b'{"<s>": NaN}', b"a b\n",
+            b"#version: 0.2\na b c\n", b"#version: 0.2\na z\n", whole + b"x", b"\xff" + whole,
+           whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n"]
+    assert [data[:40] for data in bad if data != whole and works(data)] == []
 
 
-def test_a_tokenizers_file_of_other_content_is_refused(damaged_tokenizer):
-    whole, refused = damaged_tokenizer
-    bad = [
-        b"", b"\0" * 100, b"\xff" * 1000, b"<html>not found</html>", b"[]", b"null", b"[" * 100_000, b"\n",
-        b"1" * 10_000, b'{"a": true}', b'{"<s>": 0, "a": 1.5}', b'{"<s>": NaN}', b'{"<s>": 9999999999999999}',
-        b"a b\n", b"#version: 0.2\na b", b"#version: 0.2\na b c\n", b"#version: 0.2\na\xff b\n",
-        b"#version: 0.2\n\n", b"#version: 0.2\na z\n", b"\x0a\xff\xff\x7f", whole + b"x", b"\xff" + whole,
-        whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n",
-    ]
-    assert [data[:40] for data in bad if data != whole and not refused(data)] == []
-
-
-# ---- glue.py: files ----
+# ---- glue.py ----
 
 # Rows of each test set, as FACTS and GLUE's own pages state them, written down a second time on purpose.
 GLUE_TEST_ROWS = {"CoLA": 1063, "SST-2": 1821, "MRPC": 1725, "STS-B": 1379, "QQP": 390965, "MNLI-m": 9796,
@@ -2340,8 +2268,7 @@ LABELLED = {    # a labelled file of each task as GLUE writes it, and its labels
     "mrpc": (MRPC_HEADER + "1|1|2|a|b/0|3|4|c|d/", (1, 0)),
     "stsb": ("index|genre|sentence1|sentence2|score/0|g|a|b|5.000/1|g|c|d|0.8/", (5.0, 0.8)),
     "qqp": ("id|question1|question2|is_duplicate\r/1|a|b|0\r/1|c|d|1\r/", (0, 1)),
-    "mnli": ("index|sentence1|sentence2|label1|gold_label/0|a|b|neutral|contradiction/"
-             "0|c|d|neutral|entailment/", (2, 0)),
+    "mnli": ("id|sentence1|sentence2|label1|gold_label/0|a|b|x|contradiction/0|c|d|x|neutral/", (2, 1)),
     "qnli": ("index|question|sentence|label/0|a|b|entailment/0|c|d|not_entailment/", (0, 1)),
     "rte": ("index|sentence1|sentence2|label/0|a|b|entailment/0|c|d|not_entailment/", (0, 1)),
     "wnli": ("index|sentence1|sentence2|label/0|a|b|0/0|c|d|1/", (0, 1)),
@@ -2351,17 +2278,7 @@ LABELLED = {    # a labelled file of each task as GLUE writes it, and its labels
 def write_file(folder, name, text):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
-
-
-@contextlib.contextmanager
-def one_sentence(*patterns):
-    """What runs inside must end in an InputError of one short sentence in which every pattern is found."""
-    with pytest.raises(InputError) as error:
-        yield
-    said = str(error.value)
-    assert "\n" not in said and len(said) < 600 and all(re.search(p, said) for p in patterns), said
+    return put(path, text if isinstance(text, bytes) else text.encode("utf-8"))
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -2380,15 +2297,10 @@ def test_every_task_is_read_from_the_layout_of_the_zips(name, tmp_path):
         assert glue.load(name, split, tmp_path) == [("a", "b" if task.pair else None, None)]
 
 
-def test_the_table_of_tasks_says_what_glue_says():
-    tasks = glue.TASKS
-    assert " ".join(tasks) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli ax parity"
-    assert [task.num_labels for task in tasks.values()] == [2, 2, 2, 1, 2, 3, 2, 2, 2, 3, 2]
-    assert tasks["mnli"].dev_splits == ("dev_matched", "dev_mismatched") and tasks["ax"].splits == ("test",)
-    assert tasks["mnli"].labels == tasks["ax"].labels == ("entailment", "neutral", "contradiction")
-    assert tasks["rte"].labels == tasks["qnli"].labels == ("entailment", "not_entailment")
-    rows = {file[:-4]: tasks[name].rows[split] for file, (name, split) in glue.SUBMISSION.items()}
-    assert rows == GLUE_TEST_ROWS
+@pytest.mark.parametrize("name", ["AX.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv"])
+def test_ax_is_found_under_each_of_its_names(name, tmp_path):
+    write_file(tmp_path, name, tsv("index|sentence1|sentence2/0|a|b"))
+    assert glue.load("ax", "test", tmp_path) == [("a", "b", None)]
 
 
 @pytest.mark.parametrize("ids", ["mrpc_dev_ids.tsv", "dev_ids.tsv"])
@@ -2401,17 +2313,10 @@ def test_mrpc_is_made_from_the_raw_files_and_the_dev_ids(ids, tmp_path):
     assert [row.text_b for row in glue.load("mrpc", "train", tmp_path)] == ["b0", "b1", "b3", "b4"]
     assert glue.load("mrpc", "test", tmp_path)[0] == ('a0 "', "b0", None)    # its labels are not GLUE's
     assert len(glue.sources("mrpc", tmp_path)) == 3
-    for damage, said in ("2|102/7|999/", "1 of the 2 dev ids"), ("2 102/", "1 of the 1"), ("", "0 of the 0"):
+    for damage, said in ("2|102/7|999/", "1 of the 2 dev ids"), ("2 102/", "0 of the 1"), ("", "0 of the 0"):
         write_file(tmp_path, f"MRPC/{ids}", tsv(damage))
         for split in ("train", "dev"):
-            with one_sentence(said, "msr_paraphrase_train"):
-                glue.load("mrpc", split, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["AX.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv"])
-def test_ax_is_found_under_each_of_its_names(name, tmp_path):
-    write_file(tmp_path, name, tsv("index|sentence1|sentence2/0|a|b"))
-    assert glue.load("ax", "test", tmp_path) == [("a", "b", None)]
+            assert re.search(f"msr_paraphrase_train.*{said}", refused(glue.load, "mrpc", split, tmp_path))
 
 
 def test_lines_end_at_newlines_alone_and_quotes_and_later_boms_are_text(tmp_path):
@@ -2431,101 +2336,68 @@ def test_rows_with_too_few_or_too_many_fields_are_dropped_with_a_count(tmp_path,
     assert glue.load("rte", "test", tmp_path) == [("a", "b", None)] and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task, data, expected", [
-    *(("sst2", data, "no column 'sentence'")
-      for data in (b"", b"\xef\xbb\xbf", b"\n\n", b"\0" * 500, b"<html>" * 1000)),
-    ("sst2", b"sentence,label\na,1\n", "no column"), ("sst2", b"sentence\tlabel\n", "no usable row"),
-    ("sst2", b"text\tlabel\na\t1\n", "'sentence' in 'text, label'"),
-    ("sst2", b"sentence\tlabel\na\nb\n", "no usable row, line 3"),
-    ("sst2", b"sentence\tlabel\n\xff\xfe\t1\n", "UTF-8.*line 2"),
-    ("sst2", "sentence\tlabel\na\t1\n".encode("utf-16"), "UTF-8"),
-    *(("sst2", f"sentence\tlabel\na\t{label}\n", "label.*0, 1.*line 2")
-      for label in ("2", "b c", "9" * 1000, "\xb2")),
-    *(("stsb", f"sentence1\tsentence2\tscore\na\tb\t{label}\n", f"{label}.*from 0 to 5.*line 2")
-      for label in ("5.1", "-0.1", "nan", "inf", "one", "1e400"))])
-def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, data, expected, tmp_path):
-    path = write_file(tmp_path, f"{glue.TASKS[task].folder}/dev.tsv", data)
-    with one_sentence(expected, re.escape(str(path)), "again"):
-        glue.load(task, "dev", tmp_path)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_a_damaged_task_file_gives_rows_or_an_input_error(tmp_path_factory, data):
-    name = data.draw(st.sampled_from(sorted(LABELLED)))
-    text = bytearray(tsv(LABELLED[name][0]).encode("utf-8"))
-    for place in data.draw(st.lists(st.integers(0, len(text) - 1), max_size=3)):
-        text[place] = data.draw(st.integers(0, 255))
-    text = bytes(text[:data.draw(st.integers(0, len(text)))])
-    path = write_file(tmp_path_factory.mktemp("damaged"), f"{glue.TASKS[name].folder}/train.tsv", text)
-    try:
-        assert glue.load(name, "train", path.parent)
-    except InputError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
+STSB = "sentence1|sentence2|score/a|b|"
 
 
 @pytest.mark.parametrize("task, split, expected", [
-    ("mnli", "dev", "dev_matched, dev_mismatched"), ("mnli", "test", "test_matched"), ("ax", "dev", "test"),
-    ("parity", "valid", "train, dev, test"), ("sst2", "", "train, dev, test"), ("SST-2", "dev", "sst2"),
-    ("nope", "dev", "cola.*parity"), ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
+    ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev"),
+    ("SST-2", "dev", "unknown task.*cola, sst2"), ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
 def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, tmp_path):
-    for folder in (tmp_path, tmp_path / "none", "a\0b"):
-        with one_sentence(expected):
-            glue.load(task, split, folder)
-    assert glue.sources("parity", tmp_path) == glue.sources("rte", tmp_path) == []
+    for folder in (tmp_path / "none", "a\0b"):
+        assert re.search(expected, refused(glue.load, task, split, folder))
 
 
-@pytest.fixture
-def fake_download(tmp_path, monkeypatch):
-    """Takes the place of the network and of the cache, and gives the calls (url, sha256, size) so far."""
-    calls = []
+@pytest.mark.parametrize("task, data, expected", [
+    *(("sst2", data, "no column 'sentence'") for data in (b"", b"\xef\xbb\xbf", b"\n\n", b"\0" * 500)),
+    ("sst2", "sentence|label/", "no usable row"), ("sst2", "text|label/a|1/", "'sentence' in 'text, label'"),
+    ("sst2", "sentence|label/a/b/", "no usable row, line 3"),
+    *(("sst2", data, "utf-8") for data in (b"sentence\tlabel\n\xff\xfe\t1\n", tsv("a|1/").encode("utf-16"))),
+    *(("sst2", f"sentence|label/a|{label}/", "label.*0, 1.*line 2") for label in ("2", "9" * 1000, "\xb2")),
+    *(("stsb", STSB + label, f"{label}.*finite.*line 2") for label in ("one", "nan", "1e400"))])
+def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, data, expected, tmp_path):
+    data = tsv(data) if isinstance(data, str) else data
+    path = write_file(tmp_path, f"{glue.TASKS[task].folder}/dev.tsv", data)
+    assert re.search(f"{re.escape(str(path))}.*{expected}.*again", refused(glue.load, task, "dev", tmp_path))
 
-    def download(url, path, sha256=None, size=None):
-        calls.append((url, sha256, size))
-        write_file(path.parent, path.name, tsv(LABELLED["mrpc" if "msr" in path.name else "rte"][0]))
-        if "dev_ids" in path.name:
-            path.write_text("1\t2\n")
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_damaged_task_file_gives_rows_or_an_input_error(name, tmp_path):
+    whole, draw = tsv(LABELLED[name][0]).encode("utf-8"), random.Random(0)
+    for _ in range(100):
+        changes = [(draw.randrange(200), draw.randrange(256)) for _ in range(draw.randrange(4))]
+        data = mutated(whole, changes)[:draw.randint(0, len(whole))]
+        path = write_file(tmp_path, f"{glue.TASKS[name].folder}/train.tsv", data)
+        try:
+            assert glue.load(name, "train", tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+
+
+@pytest.mark.parametrize("task, urls", [
+    ("qnli", ["glue/data/QNLIv2.zip"]), ("ax", ["glue/data/AX.tsv"]), ("mrpc", [
+        "senteval/senteval_data/msr_paraphrase_train.txt", "senteval/senteval_data/msr_paraphrase_test.txt",
+        "glue/data/mrpc_dev_ids.tsv"])])
+def test_without_data_dir_files_are_downloaded_once_and_zips_unpacked(task, urls, tmp_path, monkeypatch):
+    seen = []
+
+    def download(url, path, sha256):
+        assert len(sha256) == 64
+        seen.append(url)
+        files = {"mrpc_dev_ids.tsv": "1\t2\n", "AX.tsv": tsv(LABELLED["rte"][0])}
+        text = files.get(path.name, tsv(LABELLED["mrpc"][0]))
         if path.suffix == ".zip":
-            with zipfile.ZipFile(path, "w") as archive:
-                for name in ("train.tsv", "dev.tsv", "test.tsv", "original/big.jsonl"):
-                    archive.writestr(f"QNLI/{name}", tsv(LABELLED["qnli"][0]))
-
-    monkeypatch.setenv("PALBERT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(glue, "download", download)
-    return calls
-
-
-def test_without_data_dir_a_zip_is_downloaded_once_and_unpacked(fake_download, tmp_path):
-    for split, labels in (("train", [0, 1]), ("dev", [0, 1]), ("test", [None, None])):
-        assert [row.label for row in glue.load("qnli", split)] == labels
-    assert [path.name for path in glue.sources("qnli")] == ["train.tsv", "dev.tsv", "test.tsv"]
-    assert fake_download == [("https://dl.fbaipublicfiles.com/glue/data/QNLIv2.zip",
-                              "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5", 10627589)]
-    assert not list((tmp_path / "cache").rglob("*.jsonl"))
-
-
-def test_ax_and_mrpc_are_downloaded_as_single_files(fake_download):
-    assert [row.label for row in glue.load("ax", "test")] == [None, None]
-    assert glue.load("mrpc", "dev") == [("a", "b", 1)] and glue.load("mrpc", "train") == [("c", "d", 0)]
-    assert len(glue.load("mrpc", "test")) == 2
-    assert {url.removeprefix("https://dl.fbaipublicfiles.com/") for url, _, _ in fake_download} == {
-        "glue/data/AX.tsv", "glue/data/mrpc_dev_ids.tsv", "senteval/senteval_data/msr_paraphrase_train.txt",
-        "senteval/senteval_data/msr_paraphrase_test.txt"}
-
-
-@pytest.mark.parametrize("name", [name for name in glue.TASKS if name != "parity"])
-def test_without_a_network_the_sentence_says_so_and_names_data_dir(name, tmp_path, monkeypatch):
-    def download(url, path, sha256, size):
-        assert len(sha256) == 64 and size > 6000
-        raise InputError(f"no connection to {url}")
+            names = ("train.tsv", "dev.tsv", "test.tsv", "more")
+            text = zip_of([(f"QNLI/{name}", tsv(LABELLED["qnli"][0])) for name in names])
+        write_file(path.parent, path.name, text)
 
     monkeypatch.setenv("PALBERT_CACHE", str(tmp_path))
     monkeypatch.setattr(glue, "download", download)
-    with one_sentence("no connection to https://", f"--data-dir that holds {glue.TASKS[name].folder}/"):
-        glue.load(name, glue.TASKS[name].splits[0])
+    found = {split: [row.label for row in glue.load(task, split)] for split in glue.TASKS[task].splits}
+    expected = {"qnli": {"train": [0, 1], "dev": [0, 1]}, "mrpc": {"train": [0], "dev": [1]}, "ax": {}}
+    assert found == expected[task] | {"test": [None, None]}
+    assert list(dict.fromkeys(seen)) == ["https://dl.fbaipublicfiles.com/" + url for url in urls]
+    assert (len(seen) == 1 or task != "qnli") and not list(tmp_path.rglob("more"))
 
-
-# ---- glue.py: own data ----
 
 COLOURS = tsv("label|sentence/red|fire/green|grass/blue|sea/red|rose/")
 HEIGHTS = tsv("sentence1|sentence2|score/a|b|-1.5/c|d|70/")
@@ -2538,14 +2410,14 @@ def own_folder(folder, **files):
 
 
 def test_a_folder_of_words_as_labels_is_a_task_with_the_training_files_classes_sorted(tmp_path):
-    dev, test = tsv("sentence|label/sky|blue/"), tsv("sentence/leaf//mud/")
+    dev, test = tsv("sentence|label/sky|blue/"), tsv("sentence/leaf//")
     folder = own_folder(tmp_path, train=COLOURS, dev=dev, test=test)
     task = glue.get_task(folder)
-    assert (task.labels, task.num_labels, task.pair) == (("blue", "green", "red"), 3, False)
+    assert (task.labels, task.num_labels, task.pair) == (["blue", "green", "red"], 3, False)
     assert (task.metrics, task.dev_splits, task.test_splits) == (("accuracy",), ("dev",), ("test",))
     assert glue.load(folder, "train")[:2] == [("fire", None, 2), ("grass", None, 1)]
-    assert glue.load(task, "dev") == [("sky", None, 0)] and glue.get_task(task) is task
-    assert glue.load(folder, "test") == [("leaf", None, None), ("", None, None), ("mud", None, None)]
+    assert glue.load(task, "dev") == [("sky", None, 0)]
+    assert glue.load(folder, "test") == [("leaf", None, None), ("", None, None)]
     assert [path.name for path in glue.sources(folder)] == ["train.tsv", "dev.tsv", "test.tsv"]
     assert glue.score(folder, [0, 1, 2], [0, 1, 1])["score"] == pytest.approx(200 / 3)
     own_folder(tmp_path, test=COLOURS)    # a test file may have labels
@@ -2554,56 +2426,43 @@ def test_a_folder_of_words_as_labels_is_a_task_with_the_training_files_classes_s
 
 def test_a_folder_with_scores_is_a_regression_on_pairs(tmp_path):
     folder = own_folder(tmp_path, train=HEIGHTS, dev=HEIGHTS)
-    task = glue.get_task(folder)
-    assert (task.labels, task.num_labels, task.pair, task.test_splits) == (None, 1, True, ())
     assert glue.load(folder, "dev") == [("a", "b", -1.5), ("c", "d", 70.0)]
     assert set(glue.score(folder, [1, 2], [1, 3])) == {"pearson", "spearman", "score"}
 
 
 @pytest.mark.parametrize("train, dev, split, expected", [
-    (COLOURS, None, "train", "unknown task.*train.tsv and dev.tsv"), (None, None, "train", "unknown task"),
+    (COLOURS, None, "train", "unknown task.*train.tsv and dev.tsv"), ("", "", "dev", "no column"),
     (COLOURS, tsv("sentence|label/sky|grey/"), "dev", "dev.tsv.*'grey'.*blue, green, red.*line 2"),
     (tsv("sentence|label/a|x/b|x/"), COLOURS, "train", r"train.tsv.*\['x'\].*two"),
-    (tsv("text|label/a|x/"), COLOURS, "train", "no column 'sentence'"), ("", "", "dev", "no column"),
-    (tsv("sentence1|label/a|x/"), COLOURS, "train", "no column 'sentence2'"),
-    (tsv("sentence|class/a|x/"), COLOURS, "train", "no column 'label'"), (COLOURS, HEIGHTS, "dev", "column"),
+    (tsv("text|label/a|x/b|y/"), COLOURS, "train", "no column 'sentence'"),
+    (COLOURS, HEIGHTS, "dev", "no column 'sentence'"),
+    (tsv("sentence1|label/a|x/b|y/"), COLOURS, "train", "no column 'sentence2'"),
+    (tsv("sentence|class/a|x/"), COLOURS, "train", "no column 'label'"),
     *((HEIGHTS, HEIGHTS.replace("70", word), "dev", f"'{word}'.*finite number.*line 3")
-      for word in ("nan", "inf", "tall", "1e999"))])
+      for word in ("nan", "tall", "1e999"))])
 def test_own_data_that_is_wrong_is_one_sentence(train, dev, split, expected, tmp_path):
     files = {name: text for name, text in (("train", train), ("dev", dev)) if text is not None}
-    with one_sentence(expected):
-        glue.load(own_folder(tmp_path / "own", **files), split)
+    assert re.search(expected, refused(glue.load, own_folder(tmp_path, **files), split))
 
 
 @pytest.mark.parametrize("task, text, expected", [
     ("sst2", "sentence|label/fine|nobody knows//bad/", [("fine", None, None), ("bad", None, None)]),
     ("sst2", "sentence/fine//bad", [("fine", None, None), ("", None, None), ("bad", None, None)]),
     ("qqp", "question1|question2/why|how", [("why", "how", None)]),
-    ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)])])
+    ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "'sentence1'"),
+    ("rte", "sentence1|sentence2/a|b/c/", "line 3")])
 def test_inputs_are_read_in_order_by_the_tasks_own_columns_or_the_plain_ones(task, text, expected, tmp_path):
-    assert list(glue.read_inputs(write_file(tmp_path, "in.tsv", tsv(text)), task)) == expected
+    path = write_file(tmp_path, "in.tsv", tsv(text))
+    if isinstance(expected, str):
+        assert re.search(f"in.tsv.*{expected}", refused(lambda: list(glue.read_inputs(path, task))))
+    else:
+        assert list(glue.read_inputs(path, task)) == expected
 
-
-@pytest.mark.parametrize("text, expected", [
-    ("text\na\n", "'sentence1'"), (b"sentence1\tsentence2\n\xff\tb\n", "UTF-8.*line 2"),
-    ("sentence1\tsentence2\na\tb\nc\n", "line 3")])
-def test_an_input_without_a_text_is_one_sentence(text, expected, tmp_path):
-    with one_sentence(expected, "in.tsv"):
-        list(glue.read_inputs(write_file(tmp_path, "in.tsv", text), "rte"))
-
-
-def test_inputs_are_read_no_further_than_they_are_asked_for(tmp_path):
-    path = write_file(tmp_path, "in.tsv", b"sentence\n" + b"a\n" * 100_000 + b"\xff")
-    assert next(glue.read_inputs(path, "sst2")) == ("a", None, None)    # the damage at the end is not reached
-
-
-# ---- glue.py: parity and batches ----
 
 def test_parity_is_balanced_at_every_length_disjoint_and_the_same_every_time():
-    splits = {split: glue.load("parity", split) for split in ("train", "dev", "test")}
+    splits, by_length = {split: glue.load("parity", split) for split in ("train", "dev", "test")}, {}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 30000, "dev": 1000, "test": 1000}
     assert len({row[:2] for rows in splits.values() for row in rows}) == 32000
-    by_length = {}
     for rows in splits.values():
         assert sum(row.label for row in rows) * 2 == len(rows)
         for row in rows:
@@ -2612,7 +2471,7 @@ def test_parity_is_balanced_at_every_length_disjoint_and_the_same_every_time():
     assert {glue.negations(row.text_b) for row in splits["train"]} == {0, 1, 2, 3} and len(by_length) == 3
     for labels in by_length.values():    # no length tells the class: within four standard errors of even
         assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / math.sqrt(len(labels))
-    assert glue.parity("dev") == splits["dev"] and glue.parity("dev", seed=1) != splits["dev"]
+    assert glue.parity("dev") == splits["dev"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -2630,18 +2489,13 @@ def test_buckets_depend_on_the_generator_alone_change_each_epoch_and_pad_little(
     lengths = np.random.default_rng(0).integers(5, 128, 5000)
     one, two = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     first, second = glue.buckets(lengths, 32, one), glue.buckets(lengths, 32, one)
-    assert first != second
-    assert first == glue.buckets(lengths, 32, two) and second == glue.buckets(lengths, 32, two)
+    assert first == glue.buckets(lengths, 32, two) != second == glue.buckets(lengths, 32, two)
     assert sum(len(batch) * max(lengths[row] for row in batch) for batch in first) < 1.1 * lengths.sum()
     means = [lengths[batch].mean() for batch in first]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3    # short ones come in between
     same = glue.buckets([7] * 200, 10, torch.Generator().manual_seed(0))
     assert all(max(batch) - min(batch) > 20 for batch in same)    # equal lengths are shuffled
-    with one_sentence("batch_size"):
-        glue.buckets([1], 0)
 
-
-# ---- glue.py: scores and submissions ----
 
 def check_scores(task, predictions, labels):
     """score() against scikit-learn and SciPy, whose NaN is 0 here."""
@@ -2659,43 +2513,31 @@ def check_scores(task, predictions, labels):
     assert glue.score(task, predictions, labels) == pytest.approx(expected, abs=1e-7)
 
 
-@settings(max_examples=250, deadline=None)
-@given(st.data(), st.sampled_from([name for name in glue.TASKS if name != "stsb"]), st.integers(1, 30))
-def test_class_metrics_equal_scikit_learns(data, task, n):
-    kinds = st.sampled_from([list(range(glue.TASKS[task].num_labels)), [0], [1]])
-    rows = [data.draw(st.lists(st.sampled_from(data.draw(kinds)), min_size=n, max_size=n)) for _ in range(2)]
-    check_scores(task, *rows)
-
-
-@settings(max_examples=250, deadline=None)
+@pytest.mark.parametrize("task", glue.TASKS)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 30))
-def test_regression_metrics_equal_scipys_with_ties_and_constants(data, n):
-    kinds = [st.floats(-10, 10).map(lambda x: round(x, 3)), st.integers(0, 3).map(float), st.just(2.5)]
+def test_metrics_equal_scikit_learns_and_scipys_with_ties_and_constants(task, data, n):
+    kinds = [st.integers(0, glue.TASKS[task].num_labels - 1), st.just(0), st.just(1)]
+    if task == "stsb":
+        kinds = [st.floats(-10, 10).map(lambda x: round(x, 3)), st.integers(0, 3).map(float), st.just(2.5)]
     rows = [data.draw(st.lists(data.draw(st.sampled_from(kinds)), min_size=n, max_size=n)) for _ in range(2)]
-    check_scores("stsb", *rows)
+    check_scores(task, *rows)
 
 
 def test_scores_by_hand_and_of_large_or_extreme_input():
     assert glue.score("mrpc", [1, 1, 0, 0], [1, 0, 1, 0]) == {"accuracy": 50.0, "f1": 50.0, "score": 50.0}
-    assert glue.score("cola", [1, 0], [0, 1])["score"] == pytest.approx(-100)
     assert glue.score("stsb", torch.tensor([[1.0], [2.0]]), torch.tensor([0, 5]))["score"] > 99.999
     for size in (1e-200, 1e200, 4e307):
         assert glue.score("stsb", [size, 2 * size, 4 * size], [1, 2, 4])["pearson"] == pytest.approx(100)
-    draw = np.random.default_rng(0)
-    check_scores("qqp", draw.integers(0, 2, 390_965), draw.integers(0, 2, 390_965))
-    check_scores("cola", draw.integers(0, 2, 100_000), draw.integers(0, 2, 100_000))
-    check_scores("stsb", draw.normal(size=20_000), draw.integers(0, 26, 20_000) / 5)
 
 
 @pytest.mark.parametrize("task, predictions, labels", [
     ("sst2", [1], [1, 0]), ("sst2", [], []), ("sst2", [2], [1]), ("sst2", [-1], [1]), ("sst2", [1], [None]),
     ("sst2", [0.5], [1]), ("sst2", [[0, 1]], [1]), ("sst2", ["a"], [1]), ("nope", [1], [1]), ("sst2", 1, 1),
-    *(("stsb", [1.0, bad], [1, 2]) for bad in (math.nan, math.inf, -math.inf, 10**400)),
-    *(("stsb", [1, 2], [1.0, bad]) for bad in (math.nan, math.inf)), ("sst2", [math.nan], [1]),
-    ("sst2", [1], [math.nan])])
+    *(("stsb", [1.0, bad], [1, 2]) for bad in (math.nan, math.inf, -math.inf)),
+    ("stsb", [1, 2], [1.0, math.nan]), ("sst2", [math.nan], [1])])
 def test_what_is_no_prediction_or_no_label_is_never_scored(task, predictions, labels):
-    with one_sentence("."):
-        glue.score(task, predictions, labels)
+    refused(glue.score, task, predictions, labels)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -2703,8 +2545,7 @@ def test_answers_are_the_best_class_or_the_value_and_never_come_from_logits_that
     assert glue.answers(torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])).tolist() == [1, 0]
     assert glue.answers(torch.tensor([[0.5], [-2.0]])).tolist() == [0.5, -2.0]
     for logits in ([[1.0, 2.0], [bad, 0.0]], [[bad], [1.0]]):
-        with one_sentence("NaN or infinite", "--lr"):
-            glue.answers(torch.tensor(logits))
+        assert re.search("NaN or infinite.*--lr", refused(glue.answers, torch.tensor(logits)))
 
 
 def check_submission(path, expected_names):
@@ -2716,13 +2557,12 @@ def check_submission(path, expected_names):
         for name in expected_names:
             header, *lines, last = archive.read(f"{name}.tsv").decode("ascii").split("\n")
             assert header == "index\tprediction" and last == "" and len(lines) == GLUE_TEST_ROWS[name]
-            for index, line in enumerate(lines):
-                number, prediction = line.split("\t")
-                assert number == str(index)
-                if name == "STS-B":
-                    assert re.fullmatch(r"[0-5]\.\d{3}", prediction) and 0 <= float(prediction) <= 5
-                else:
-                    assert prediction in allowed.get(name, {"0", "1"})
+            indices, words = zip(*(line.split("\t") for line in lines))
+            assert list(map(int, indices)) == list(range(len(lines)))
+            if name == "STS-B":
+                assert all(re.fullmatch(r"[0-4]\.\d{3}|5\.000", word) for word in words)
+            else:
+                assert set(words) <= allowed.get(name, {"0", "1"})
 
 
 def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(tmp_path):
@@ -2730,28 +2570,21 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
     for name, split in glue.SUBMISSION.values():
         n, classes = glue.TASKS[name].rows[split], glue.TASKS[name].num_labels
         predictions[name, split] = draw.normal(2.5, 3, n) if classes == 1 else draw.integers(0, classes, n)
+    predictions["rte", "test"][:2] = 0, 1
     assert glue.write_submission(tmp_path / "a.zip", predictions) == []
     check_submission(tmp_path / "a.zip", list(GLUE_TEST_ROWS))
     glue.write_submission(tmp_path / "b.zip", dict(reversed(predictions.items())))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    some = {key: predictions[key] for key in [("mrpc", "test"), ("ax", "test"), ("stsb", "test")]}
-    some["rte", "test"] = np.r_[[0, 1], np.zeros(2998)]
-    missing = " ".join(glue.write_submission(tmp_path / "c.zip", some))
-    assert missing == "CoLA.tsv SST-2.tsv QQP.tsv MNLI-m.tsv MNLI-mm.tsv QNLI.tsv WNLI.tsv"
-    check_submission(tmp_path / "c.zip", ["MRPC", "STS-B", "RTE", "AX"])
-    with zipfile.ZipFile(tmp_path / "c.zip") as archive:
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.read("RTE.tsv").startswith(b"index\tprediction\n0\tentailment\n1\tnot_entailment\n")
 
 
 @pytest.mark.parametrize("predictions", [
-    {("wnli", "test"): np.zeros(145)}, {("wnli", "test"): np.full(146, 2)}, {("nope", "test"): np.zeros(1)},
-    {("wnli", "test"): np.full(146, 0.5)}, {("wnli", "dev"): np.zeros(71)}, {("mnli", "test"): np.zeros(9)},
-    {("wnli", "test"): np.zeros(146), ("stsb", "test"): np.full(1379, np.nan)}, {},
-    {("parity", "test"): np.zeros(1000)}])
+    {("wnli", "test"): np.zeros(145)}, {("wnli", "test"): np.full(146, 0.5)},
+    {("wnli", "test"): np.zeros(146), ("stsb", "test"): np.full(1379, np.nan)}])
 def test_a_wrong_submission_is_refused_and_leaves_the_file_there(predictions, tmp_path):
     goal = write_file(tmp_path, "a.zip", b"old")
-    with one_sentence("."):
-        glue.write_submission(goal, predictions)
+    refused(glue.write_submission, goal, predictions)
     assert goal.read_bytes() == b"old"
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import string
 from pathlib import Path
 from unicodedata import category, combining, normalize
 
@@ -23,13 +24,13 @@ from checkpoint import InputError, atomic_write, check, guard, read_json, shorte
 # ---- what the three share ----
 
 class Tokenizer:
-    """vocab_size is the largest id + 1; pad_id, cls_id, sep_id and unk_id are the ids of special tokens."""
+    """pad_id, cls_id, sep_id and unk_id are the ids of special tokens, vocab_size is the largest id + 1."""
     separators, segment_b = 1, 1    # separators between A and B, and the segment of B
-    obeyed = {}    # the settings of tokenizer_config.json that the class follows, with their defaults
-    fixed = {}     # others that change the ids, with the only value that it knows
+    obeyed, settings = {}, {}    # what the class follows in tokenizer_config.json: defaults, and this one's
+    fixed = {}    # what else there changes the ids, with the only value that the class knows
 
     def set_vocabulary(self, ids):
-        """Takes a dict of the ids by piece. Raises ValueError where a special token has none."""
+        """Takes the ids by piece. Raises ValueError where a special token has none."""
         for piece in self.special[:4]:    # the fifth, for masked words, is not needed
             check(piece in ids, f"it has no piece {piece}")
         self.cls_id, self.sep_id, self.pad_id, self.unk_id = [ids[piece] for piece in self.special[:4]]
@@ -37,19 +38,17 @@ class Tokenizer:
         self.vocab_size = max(self.pieces) + 1
         # What a text can become: never a separator or padding, whatever is written in it.
         self.ids = {piece: index for piece, index in ids.items() if piece not in self.special}
+        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
     def encode(self, a, b=None, max_length=128):
-        """Returns (ids, segments) of the text a, or of the pair a, b ("" is a text), cut to max_length.
-
-        ALBERT, BERT: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], with segment 1 for B [SEP] and else 0. RoBERTa:
-        <s> A </s> or <s> A </s></s> B </s>, with segment 0. The longer text, B if both are equal, loses its
-        last token until all fit. A lone surrogate is U+FFFD. InputError if not even the special tokens fit.
-        """
+        """Returns (ids, segments) of the text a or the pair a, b: [CLS] A [SEP] or [CLS] A [SEP] B [SEP] with
+        segment 1 for B [SEP]; RoBERTa: <s> A </s> or <s> A </s></s> B </s> with segment 0. The longer text,
+        B if both are equal, loses its last token until all fit into max_length."""
         return self.encode_all([(a, b)], max_length)[0]
 
     def encode_all(self, examples, max_length=128):
-        """encode() of each (text, None) or (text_a, text_b); further fields do not count."""
-        examples, texts = list(examples), []
+        """encode() of each (text, None) or (text_a, text_b) in a list; further fields do not count."""
+        texts = []
         for example in examples:
             if isinstance(example, str):
                 raise TypeError(f"expected examples like (text, None), found the string '{shorten(example)}'")
@@ -65,7 +64,7 @@ class Tokenizer:
                 gc.enable()
 
     def texts_ids(self, texts):
-        """The ids of each text, word by word: word_ids() remembers the words that it has had."""
+        """The ids of each text, word by word; word_ids() remembers what it has had."""
         return [[index for word in self.words(text) for index in self.word_ids(word)] for text in texts]
 
     def join(self, a, b, max_length):
@@ -74,15 +73,14 @@ class Tokenizer:
         if room < 0:
             raise InputError(f"max_length is {max_length}: expected at least {special}, the special tokens")
         if b is None:
-            ids = [self.cls_id, *a[:room], self.sep_id]
-            return ids, [0] * len(ids)
+            return [self.cls_id, *a[:room], self.sep_id], [0] * (2 + len(a[:room]))
         keep_b = min(len(b), max(room // 2, room - len(a)))
         ids = [self.cls_id, *a[:room - keep_b], *[self.sep_id] * self.separators, *b[:keep_b], self.sep_id]
         return ids, [0] * (len(ids) - keep_b - 1) + [self.segment_b] * (keep_b + 1)
 
     def tokens(self, ids):
         """The pieces of the ids, as the vocabulary spells them."""
-        return [self.pieces.get(int(index), self.pieces[self.unk_id]) for index in ids]
+        return [self.pieces[index] for index in ids]
 
     def save(self, folder):
         """Writes the files that were read, byte for byte, and a tokenizer_config.json if it is needed."""
@@ -92,6 +90,13 @@ class Tokenizer:
         for name, data in files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(data)
+
+
+def read_lines(data):
+    """The lines of a file's bytes. ValueError where it does not end with its last line."""
+    *lines, last = data.decode("utf-8").replace("\r\n", "\n").split("\n")
+    check(last == "", "it breaks off within a line")
+    return lines
 
 
 # ---- ALBERT ----
@@ -110,8 +115,7 @@ class AlbertTokenizer(Tokenizer):
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
             # SentencePiece's own ids are right but for these.
-            self.odd = {index for index, piece in self.pieces.items() if self.piece_ids(piece) != [index]}
-            self.odd.add(self.unk_id)
+            self.odd = {i for i, piece in self.pieces.items() if self.word_ids(piece) != [i]} | {self.unk_id}
 
     def texts_ids(self, texts):
         texts = [clean(text, **self.settings) for text in texts]
@@ -120,10 +124,10 @@ class AlbertTokenizer(Tokenizer):
             for n, ids in enumerate(ids_of_texts):
                 if not self.odd.isdisjoint(ids):
                     pieces = self.model.encode(texts[n], out_type=str)
-                    ids_of_texts[n] = [index for piece in pieces for index in self.piece_ids(piece)]
+                    ids_of_texts[n] = [index for piece in pieces for index in self.word_ids(piece)]
         return ids_of_texts
 
-    def piece_ids(self, piece):
+    def word_ids(self, piece):
         """The ids of a piece. One like "▁3," is cut: its digits are encoded anew, and the comma follows."""
         parts = [piece]
         if piece.endswith(",") and piece[-2:-1].isdigit():
@@ -147,15 +151,11 @@ def clean(text, do_lower_case=True, keep_accents=False):
 
 
 def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
-    """Trains a SentencePiece model with ALBERT's special ids, writes FOLDER/spiece.model -> AlbertTokenizer.
-
-    The same texts and seed give the same model, with fewer than vocab_size pieces if there is little in them.
-    It is of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one.
-    """
-    texts = list(texts)
+    """Trains a SentencePiece model with ALBERT's special ids -> AlbertTokenizer of FOLDER/spiece.model. It is
+    of the kind "bpe": ALBERT's, "unigram", makes no piece of a word that is not part of a longer one."""
+    texts, model = [text for text in map(clean, texts) if text], io.BytesIO()
     if len(texts) > 100_000:
         texts = random.Random(seed).sample(texts, 100_000)
-    texts, model = [text for text in map(clean, texts) if text], io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
@@ -163,8 +163,8 @@ def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
             num_threads=1, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>",
             control_symbols=["[CLS]", "[SEP]", "[MASK]"])
     except RuntimeError as error:
-        raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts "
-                         f"({shorten(str(error))}): use more text or another size") from None
+        raise InputError(f"no tokenizer of {vocab_size} pieces can be trained on these {len(texts)} texts, "
+                         f"use others: {shorten(str(error))}") from None
     path = Path(folder) / "spiece.model"
     with atomic_write(path) as file:
         file.write(model.getvalue())
@@ -175,40 +175,36 @@ def train_tokenizer(texts, folder, vocab_size=8000, seed=0):
 
 # GPT-2's pattern, in ASCII, for `re` has no class of all letters or all numbers; ascii_like() does the rest.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-MAX_HOLES = 10    # ids that vocab.json may leave out; RoBERTa's of 2019 leaves out 3
 
 
 class RobertaTokenizer(Tokenizer):
     """Byte-level BPE: the bytes of each word, as symbols, are merged in the order of merges.txt."""
     special = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
     separators, segment_b = 2, 0
-    fixed, settings = {"add_prefix_space": False}, {}
+    fixed = {"add_prefix_space": False}
 
     def __init__(self, vocab_json, merges_txt):
         with guard(vocab_json, "vocab.json"):
-            self.files = {"vocab.json": Path(vocab_json).read_bytes()}
             ids = read_json(vocab_json)
             numbers = {index for index in ids.values() if type(index) is int}
-            good = len(numbers) == len(ids) and min(numbers) == 0 and max(numbers) < len(ids) + MAX_HOLES
-            check(good, f"its ids do not number its pieces from 0 on, with at most {MAX_HOLES} left out")
+            good = len(numbers) == len(ids) and min(numbers) == 0 and max(numbers) < len(ids) + 10
+            check(good, "its ids do not number its pieces from 0 on, with at most 10 left out")    # 2019's: 3
             self.set_vocabulary(ids)
         with guard(merges_txt, "merges.txt"):
-            self.files["merges.txt"] = Path(merges_txt).read_bytes()
-            first, *lines, last = self.files["merges.txt"].decode("utf-8").split("\n")
-            pairs = [tuple(line.removesuffix("\r").split(" ")) for line in lines]
-            check(first.startswith("#version") and last == "", "it has no #version or breaks off")
-            good = all([len(pair) == 2 and "".join(pair) in ids for pair in pairs])
-            check(good, "a line does not merge two pieces into one of vocab.json")
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+            self.files = {Path(path).name: Path(path).read_bytes() for path in (vocab_json, merges_txt)}
+            version, *lines = read_lines(self.files["merges.txt"])
+            self.ranks = {(a, b): rank for rank, (a, b) in enumerate([line.split(" ") for line in lines])}
+            good = version.startswith("#version") and all([a + b in ids for a, b in self.ranks])
+            check(good, "it has no #version, or a line makes a piece that vocab.json lacks")
         # A byte is written as itself where that can be seen, else as one of the characters from U+0100 on.
         visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, map(chr, range(256, 512))
         self.symbols = [chr(byte) if byte in visible else next(others) for byte in range(256)]
-        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
 
     def words(self, text):
         if text.isascii():
             return WORDS.findall(text)
-        return [text[slice(*match.span())] for match in WORDS.finditer("".join(map(ascii_like, text)))]
+        kinds = "".join([ascii_like(c) for c in text])
+        return [text[match.start():match.end()] for match in WORDS.finditer(kinds)]
 
     def word_ids(self, word):
         pieces = merge([self.symbols[byte] for byte in word.encode("utf-8")], self.ranks)
@@ -219,11 +215,7 @@ def ascii_like(c):
     """A character of ASCII of the same kind for WORDS: letter, number, white space or another."""
     if c.isascii():
         return c
-    if category(c)[0] == "L":
-        return "a"
-    if category(c)[0] == "N":
-        return "0"
-    return "\n" if c.isspace() else "!"
+    return "\n" if c.isspace() else {"L": "a", "N": "0"}.get(category(c)[0], "!")
 
 
 def merge(pieces, ranks):
@@ -247,18 +239,15 @@ class BertTokenizer(Tokenizer):
     """WordPiece: the longest pieces of each word, from left to right."""
     special = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
     obeyed = {"do_lower_case": True}
-    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": [],
-             "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": []}
 
     def __init__(self, vocab_txt, lower_case=True):
         self.settings = {"do_lower_case": lower_case}
         with guard(vocab_txt, "vocab.txt"):
             self.files = {"vocab.txt": Path(vocab_txt).read_bytes()}
-            *lines, last = self.files["vocab.txt"].decode("utf-8").split("\n")
-            ids = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-            check(len(ids) == len(lines) and last == "", "it has a piece twice or breaks off within a line")
-            self.set_vocabulary(ids)
-        self.word_ids = functools.lru_cache(1 << 17)(self.word_ids)
+            pieces = read_lines(self.files["vocab.txt"])
+            check(len(set(pieces)) == len(pieces), "it has a piece twice")
+            self.set_vocabulary({piece: index for index, piece in enumerate(pieces)})
 
     def words(self, text):
         return text.split(" ")    # none of the steps of word_ids() looks beyond a space
@@ -279,13 +268,11 @@ class BertTokenizer(Tokenizer):
         ids, start = [], 0
         while start < len(word):
             prefix = "##" if start > 0 else ""
-            end = len(word)
-            while end > start and prefix + word[start:end] not in self.ids:
-                end -= 1
-            if end == start:
+            ends = [end for end in range(start + 1, len(word) + 1) if prefix + word[start:end] in self.ids]
+            if not ends:
                 return [self.unk_id]
-            ids.append(self.ids[prefix + word[start:end]])
-            start = end
+            ids.append(self.ids[prefix + word[start:ends[-1]]])
+            start = ends[-1]
         return ids
 
 
@@ -297,9 +284,7 @@ def ordered(text):
 
 def is_word(c):
     """Punctuation, which has ASCII's symbols in it for BERT, and ideographs are words of their own."""
-    if c.isascii():
-        return "!" <= c <= "~" and not c.isalnum()
-    return category(c)[0] == "P" or CHINESE.match(c) is not None
+    return c in string.punctuation or category(c)[0] == "P" or CHINESE.match(c) is not None
 
 
 # ---- from a folder ----
@@ -318,18 +303,13 @@ def load_tokenizer(folder):
 
 def read_settings(folder, kind):
     """The values of kind.obeyed in the folder. InputError if it asks for ids that the class does not give."""
-    path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    settings = read_json(path) if os.path.isfile(path) else {}
-    tokens = list(read_json(added_path)) if os.path.isfile(added_path) else []
-    fixed = {**kind.fixed, **dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), kind.special))}
-    with guard(path, "tokenizer_config.json"):
-        tokens += settings.get("added_tokens_decoder", {}).values()
-        tokens += settings.get("additional_special_tokens") or []
-        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        for key, value in settings.items():
-            if key in fixed and isinstance(value, dict):
-                settings[key] = value.get("content", value)    # a token may come with its properties
+    files = (folder / "tokenizer_config.json", folder / "added_tokens.json")
+    settings, added = [read_json(file) if os.path.isfile(file) else {} for file in files]
+    with guard(files[0], "tokenizer_config.json"):
+        tokens = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
+        tokens += [*added, *(settings.get("additional_special_tokens") or [])]
     obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
+    fixed = dict(kind.fixed)
     if kind is BertTokenizer:
         fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means this
     odd = [key for key, value in obeyed.items() if type(value) is not bool]
