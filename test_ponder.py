@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import errno
-import fcntl
 import functools
 import gc
 import gzip
@@ -946,7 +945,7 @@ def test_two_runs_that_start_at_once_have_two_folders_and_one_in_training_is_ref
     first, second = names_of(here / "runs")
     assert second == f"{first}-2" and run_json(first)["finished"] and run_json(second)["finished"]
     with open(here / "runs" / first / "metrics.jsonl") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        assert checkpoint.lock(file)
         assert "another process trains it" in refusal(*rte, "--name", first)
 
 

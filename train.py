@@ -84,7 +84,7 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     share = len(rows) / len(inputs)
     rows = rows or range(1)             # a process without a row takes one that counts nothing
     batch = pad([inputs[row] for row in rows], model.encoder, device)
-    targets = upload([labels[row] for row in rows], device, dtype=None)     # class indices, or floats
+    targets = upload([labels[row] for row in rows], device)     # class indices, or floats
     optimizer.zero_grad()
     with autocast(device, settings.precision):
         logits, lam = model(*batch)
@@ -153,13 +153,8 @@ class Training:
         settings, self.folder = self.settings, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "ab")
-        try:                                    # a run has one writer
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process trains it; wait or give another --name") from None
-        except (ImportError, OSError):          # Windows, or a file system without locks
-            pass
+        if not lock(self.file):                 # a run has one writer
+            raise InputError(f"{folder}: another process trains it; wait or give another --name")
         self.made = os.listdir(folder) == ["metrics.jsonl"]
         values = read_run(folder)[1] if (folder / "run.json").exists() else {}
         if values.get("finished"):
