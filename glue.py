@@ -249,7 +249,7 @@ def fetch(task):
         except InputError as error:
             raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
         if zipped:
-            return extract_zip(path, unpacked, [f"{task.folder}/{split}.tsv" for split in task.splits])
+            return extract_zip(path, folder, [f"{task.folder}/{split}.tsv" for split in task.splits])
     return root
 
 

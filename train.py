@@ -33,7 +33,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from checkpoint import InputError, atomic_write, check, guard, read_torch, write_json, write_safetensors
+from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, write_json,
+                        write_safetensors)
 from fast import pad, upload
 from glue import buckets, load, sources
 from paper import exit_result, mean_of, study
