@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -86,15 +85,14 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
         arrays[name] = *all_layers(model, inputs, batch_size, settings.precision), labels
     study = paper.study(settings, arrays)
     rows, fixed, oracle = study["sweep"][criterion], study["by_layer"], study["oracle"]
-    best = max(rows, key=lambda row: (row["score"], -row["mean_layer"]))
     if as_json:
         print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows,
-                          "best": best, "by_layer": fixed, "oracle": oracle}))
+                          "by_layer": fixed, "oracle": oracle}))
         return
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in rows:
         print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
-              f"{row['dealt']:>34.1f}{'  <- best' if row is best else ''}")
+              f"{row['dealt']:>34.1f}")
     print(f"\nevery fixed layer, 1 to {len(fixed)}: {' '.join(f'{score:.1f}' for score in fixed)}\n"
           f"the first right layer of each row: {oracle['score']:.1f} at {oracle['mean_layer']:.2f}")
 
@@ -103,24 +101,23 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
 
 def criterion_values(criterion, settings, logits, lam):
     """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
-    value at which it stops (or None), the largest value possible. The last layer's exit looks at nothing; the
-    entropy stands there."""
-    L, C = logits.shape[1:]
+    value at which it stops, or None. The last layer's exit looks at nothing; the entropy stands there."""
+    L = lam.shape[1]
     rule, stop = make_rule(criterion, settings, L), getattr(settings, THRESHOLDS.get(criterion, ""), None)
     state = rule.start(1, L, lam.device)
     if criterion == "q":
-        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop, 1
+        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop
     if criterion == "sample":
-        return "u < lambda", state[0][0].tolist(), None, 1
+        return "u < lambda", state[0][0].tolist(), None
     if criterion == "learned":
-        return "certainty", lam[0].tolist(), stop, 1
+        return "certainty", lam[0].tolist(), stop
     if criterion == "patience":
         agreed = []
         for i in range(L):
             state, _ = rule.step(state, torch.tensor([i + 1]), lam[:, i], logits[:, i])
             agreed.append(int(state[1]))
-        return "agreed", agreed, stop, max(stop, L - 1)
-    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop, max(math.log(C), 1e-9)
+        return "agreed", agreed, stop
+    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop
 
 
 def worded(task, outputs, are_logits=True):
@@ -142,19 +139,15 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
     ids, segments = tokenizer.encode(text_a, text_b, settings.max_length)
     logits, lam = all_layers(model, [(ids, segments)], precision=settings.precision)
     p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
-    name, values, stop, most = criterion_values(criterion, settings, logits, lam)
+    name, values, stop = criterion_values(criterion, settings, logits, lam)
     predictions = [word if p is None else f"{word} ({p:.0%})" for word, p in worded(task, logits[0])]
-    print(f"{' '.join(tokenizer.tokens(ids))}\n{predictions[layer - 1]} at layer {layer} of {L}, by {criterion} "
-          "exit\n")
-    against, ponders = "" if stop is None else f"stops at {stop:g}", "q" in settings.exits
-    print(f"layer {' lambda      p' if ponders else ''} {name:>10}  {against:<42} prediction")
+    threshold, ponders = "" if stop is None else f", threshold {stop:g}", "q" in settings.exits
+    print(f"{' '.join(tokenizer.tokens(ids))}\n"
+          f"{predictions[layer - 1]} at layer {layer} of {L}, by {criterion} exit{threshold}\n")
+    print(f"layer  {' lambda      p' if ponders else ''} {name:>10}  prediction")
     for i, value in enumerate(values):
-        bar = list(f"{'█' * round(40 * value / most):·<40}")
-        if stop is not None:
-            bar.insert(min(40, round(40 * stop / most)), "|")
         method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if ponders else ""
-        print(f"{i + 1:>5} {method} {value:>10.3g}  {''.join(bar):<42} {predictions[i]}"
-              f"{'  <- exit' if i + 1 == layer else ''}")
+        print(f"{i + 1:>5}  {method} {value:>10.3f}  {predictions[i]}{'  <- exit' if i + 1 == layer else ''}")
 
 
 def predict_rows(model, settings, inputs, criterion, batch_size):
@@ -189,8 +182,8 @@ def submit(path, root, method, model, device, batch_size, changed):
     """The zip for GLUE's server of one system, with one model: the best seed on dev of each task. MNLI's run
     predicts AX, too. All files are read before anything is predicted."""
     best, jobs, predictions = {}, [], {}
-    for (task, name), members in paper.main_cells(paper.cells(root), [method]).items():
-        if any(task == other for other, _ in SUBMISSION.values()):
+    for (task, name), members in paper.main_cells(paper.cells(root)).items():
+        if method in members and any(task == other for other, _ in SUBMISSION.values()):
             best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
@@ -224,7 +217,10 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
     "submit": (str, "submit", "write the zip for GLUE's server, of one system"),
     "run": (str, ONE, "name or folder of the run [the newest]"),
     "exit": (str, ONE, "the exit that is asked about [the run's own, or that of a given threshold]"),
-    **{name: (None, "report text input bench", "") for name in THRESHOLDS.values()},
+    "q": (float, "report text input bench", "threshold of Q-exit [the run's]"),
+    "patience": (int, "report text input bench", "PABEE's t, layers in a row that agree [the run's]"),
+    "entropy": (float, "report text input bench", "threshold of entropy exit in nats [the run's]"),
+    "certainty": (float, "report text input bench", "threshold of BERxiT's exit [the run's]"),
     "split": (str, "report bench sweep", "dev, test or train [dev]"),
     "json": (None, "report sweep", "one JSON object on stdout, all else on stderr"),
     "text_b": (str, "text", "the second text, for tasks of pairs"),
@@ -245,16 +241,13 @@ def parse_flags(argv):
     not read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
     parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    types = {field.name: field for field in dataclasses.fields(Settings)}
     for name, (kind, _, meaning) in FLAGS.items():
-        more = {"type": kind, "metavar": "X", "help": meaning}
-        if name in THRESHOLDS.values():
-            more |= {"type": types[name].type, "help": types[name].metadata["meaning"] + " [the run's]"}
-        elif kind is None:
-            more = {"action": "store_true", "help": meaning}
+        more = {"type": kind, "metavar": "X"}
+        if kind is None:
+            more = {"action": "store_true"}
         elif isinstance(kind, tuple):
-            more = {"choices": kind, "help": meaning}
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, **more)
+            more = {"choices": kind}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
     given = vars(parser.parse_args(argv))
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:
@@ -262,7 +255,8 @@ def parse_flags(argv):
             others = " or ".join(flag(other) for other in FLAGS[name][1].split())
             where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
             raise InputError(f"{flag(name)} does nothing {where}")
-    make_settings(**{name: value for name, value in given.items() if name in types})
+    names = {field.name for field in dataclasses.fields(Settings)}
+    make_settings(**{name: value for name, value in given.items() if name in names})
     return use, given
 
 

@@ -8,12 +8,12 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
 import fast
 from checkpoint import InputError, atomic_write, read_json
-from fast import pad
 from glue import buckets, load, negations
 from ponder import FixedExit, exit_distribution, geometric_prior
 from run import (DRAWS, EXITS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
@@ -139,14 +139,14 @@ def cells(root):
     return found
 
 
-def main_cells(found, methods):
+def main_cells(found):
     """{(task, model): {method: runs}} of the system that stands for each method: of those on the most tasks
     the one nearest the preset, then the one with the most seeds"""
     best, chosen = {}, {}
     for (model, system), by_task in found.items():
         method = system.split(",")[0]
         rank = len(by_task), -system.count(","), sum(len(runs) for runs in by_task.values())
-        if method in methods and rank > best.get((model, method), [()])[0]:
+        if rank > best.get((model, method), [()])[0]:
             best[model, method] = rank, by_task
     for (model, method), (_, by_task) in best.items():
         for task, runs in by_task.items():
@@ -259,8 +259,6 @@ def print_tables(root):
 
 # ---- figures ----
 
-FIGURES = {"q": ("palbert", "pondernet", "finetune"), "speedup": ORDER, "distribution": ("palbert",),
-           "negations": ("palbert",)}       # the methods that they show; Fig. 4 has PALBERT's priors
 CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
     ("pabee", "patience", "PABEE", "#D55E00", "s"), ("pabee", "entropy", "PABEE by entropy", "#E69F00", "v"),
     ("pondernet", "q", "PonderNet by Q-exit", "#009E73", "^"), ("palbert", "q", "PALBERT", "#0072B2", "o"),
@@ -287,16 +285,16 @@ def plot(kind, root, out, device, batch_size, changed):
         inputs, labels = read_split(settings, tokenizer, split)
         return labels, *all_layers(model, inputs, batch_size, settings.precision)
 
-    found = cells(root)
-    panels = prior_cells(found) if kind == "prior" else main_cells(found, FIGURES[kind])
-    if kind == "negations":
-        panels = {key: members for key, members in panels.items() if key[0] == "parity"}
+    panels = prior_cells(cells(root)) if kind == "prior" else main_cells(cells(root))
+    if kind in ("distribution", "negations"):
+        panels = {key: members["palbert"] for key, members in panels.items() if "palbert" in members
+                  and (key[0] == "parity" or kind == "distribution")}
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
     if kind == "distribution":
         figure = plot_distribution(pyplot, panels, read)
     elif kind == "negations":
-        figure = plot_negations(pyplot, list(panels.values())[-1]["palbert"], read)
+        figure = plot_negations(pyplot, list(panels.values())[-1], read)
     else:
         figure = plot_panels(pyplot, panels, kind)
     out = Path(out or root / f"{kind}.png")
@@ -345,12 +343,12 @@ def draw_curves(axis, members, kind):
             continue
         label = ", ".join([label, *system_of(runs[0].settings).split(", ")[1:], f"n = {len(runs)}"])
         rows = mean_of([run.sweep[criterion] for run in runs])
-        places, mean = [row[x] for row in rows], torch.tensor([row["score"] for row in rows])
+        places, mean = [row[x] for row in rows], np.array([row["score"] for row in rows])
         axis.plot(places, mean, color=colour, marker=marker, markersize=4, label=label)
         if kind == "q":
-            values = torch.tensor([[row["score"] for row in run.sweep["q"]] for run in runs])
-            std = values.std(0, correction=min(1, len(runs) - 1))
-            axis.fill_between(places, mean - std, (mean + std).clamp(max=100), color=colour, alpha=0.2)
+            values = [[row["score"] for row in run.sweep["q"]] for run in runs]
+            std = np.std(values, 0, ddof=min(1, len(runs) - 1))
+            axis.fill_between(places, mean - std, np.minimum(mean + std, 100), color=colour, alpha=0.2)
         for row in rows:
             if row.get("q") == 0.5 or row.get("patience") == 6:
                 axis.plot(row[x], row["score"], "ko", fillstyle="none", markersize=9, label="q = 0.5, t = 6")
@@ -365,9 +363,9 @@ def draw_curves(axis, members, kind):
 def draw_priors(axis, members):
     """Fig. 4: the share of dev rows that exit at each layer, a line for each prior, with its dev score"""
     results = [mean_of([run.dev["q"] for run in runs]) for runs in members.values()]
-    shares = 100 * torch.tensor([result["histogram"] for result in results])            # (priors, L)
+    shares = 100 * np.array([result["histogram"] for result in results])               # (priors, L)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=150, aspect="auto")          # no blue too dark for text
-    for y, x in shares.round().nonzero().tolist():
+    for y, x in np.argwhere(shares.round()):
         axis.text(x, y, f"{shares[y, x]:.0f}%", ha="center", va="center")
     labels = [f"λ {prior:g}: {result['score']:.1f}" for prior, result in zip(members, results)]
     axis.set(xlabel="exit layer", ylabel="prior: dev score")
@@ -381,8 +379,7 @@ def plot_distribution(pyplot, panels, read):
     figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     axis.set(xlabel="layer i", ylabel="mean p(i|x), training set")
     priors = {}
-    for (task, model), members in panels.items():
-        runs = members["palbert"]
+    for (task, model), runs in panels.items():
         p = torch.stack([exit_distribution(read(run, "train")[2]).mean(0) for run in runs]).mean(0)
         layers, prior = range(1, len(p) + 1), runs[0].settings.prior
         axis.plot(layers, p, marker="o", label=f"{NAMES.get(task, task)}, {model}")
@@ -400,7 +397,7 @@ def plot_negations(pyplot, runs, read):
     for run in runs:
         labels, logits, lam = read(run, "dev")
         outputs, layers = apply_exit("q", run.settings, logits, lam)
-        right = torch.stack([outputs, logits[:, 0]], 1).argmax(2) == torch.tensor(labels)[:, None]      # (N,2)
+        right = torch.stack([outputs, logits[:, 0]], 1).argmax(2) == torch.tensor(labels)[:, None]  # (N,2)
         table = torch.cat([layers[:, None], 100 * right, exit_distribution(lam).cumsum(1)], 1)  # (N,3+L)
         tables.append(torch.stack([table[k == n].mean(0) for n in k.unique()]))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -423,7 +420,7 @@ def full_depth(model, inputs, batch_size):
     """The plain model: every layer whole, then pool and classifier; logits (N,C) in the order of batches"""
     L, device, outputs = model.num_layers, next(model.parameters()).device, []
     for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
-        ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, device)
+        ids, mask, segments = fast.pad([inputs[row] for row in batch], model.encoder, device)
         h = model.encoder.embed(ids, segments)
         for i in range(1, L + 1):
             h = model.encoder.layer(i, h, mask)
@@ -436,7 +433,8 @@ def released_way(model, inputs, layers):
     """The released code's inference: one row at a time, padded to 128, down to its exit; logits (N,C)"""
     device, outputs = next(model.parameters()).device, []
     for row, layer in zip(inputs, layers.tolist()):
-        outputs.append(model.predict(*pad([row], model.encoder, device, 128), FixedExit(layer))[0])
+        batch = fast.pad([row], model.encoder, device, 128)
+        outputs.append(model.predict(*batch, FixedExit(layer))[0])
     return torch.cat(outputs)
 
 
@@ -459,7 +457,7 @@ def flops_of_layer(model, B, T, dtype):
 
 @torch.no_grad()
 def bench(model, settings, tokenizer, criterion, split, rounds=5):
-    """Examples per second by batch size, all ways in turn in one process: medians, on 128 rows of the split"""
+    """Examples per second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
     device, L, usual = next(model.parameters()).device, model.num_layers, fast.FIRST_TOKENS
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))

@@ -1764,7 +1764,7 @@ def test_figures_that_read_the_models_read_all_seeds(kind, runs, here, monkeypat
 def test_figure_5_has_the_mean_of_the_seeds_and_the_prior(runs):
     from matplotlib import pyplot
     lam = iter([torch.full((2, 12), 0.5), torch.full((2, 12), 1.0)])
-    panels = paper.main_cells(paper.cells(runs), ["palbert"])
+    panels = {key: members["palbert"] for key, members in paper.main_cells(paper.cells(runs)).items()}
     figure = paper.plot_distribution(pyplot, panels, lambda run, split: (None, None, next(lam)))
     curve, prior = figure.axes[0].lines
     assert curve.get_ydata()[0] == 0.75 and prior.get_linestyle() == "--"
