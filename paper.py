@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-import fast
 from checkpoint import InputError, atomic_write, read_json
+from fast import pad
 from glue import buckets, load, negations
 from ponder import FixedExit, exit_distribution, geometric_prior
 from run import (DRAWS, EXITS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
@@ -179,18 +179,14 @@ RoBERTa PABEE: pabee: 93.8 76.9 91.9 60.7 89.6 86.4 91.1 89.9: 95.4 71.7 92.0 51
 PRoBERTa: palbert: 93.7 79.1 91.6 62.2 90.2 86.7 91.1 89.9: 94.5 72.1 91.8 58.6 88.3 86.1 79.6 85.7"""
 
 
-def mean_text(values):
-    return f"{statistics.mean(values):.1f}"
-
-
 def cell(runs, criterion=None, median=False):
     """mean ± std, or median, of dev scores by an exit or the runs' own; mean layer, score of dealt layers"""
     if not runs:
         return "not run"
     criterion = criterion or runs[0].settings.exit
-    results = [run.dev[criterion] for run in runs]
-    mean, values = mean_of(results), [result["score"] for result in results]
-    text = f"{statistics.median(values):.1f}" if median else mean_text(values)
+    mean = mean_of([run.dev[criterion] for run in runs])
+    values = [run.dev[criterion]["score"] for run in runs]
+    text = f"{statistics.median(values):.1f}" if median else f"{mean['score']:.1f}"
     if len(values) > 1 and not median:
         text += f" ± {statistics.stdev(values):.1f}"
     dealt = "" if criterion in ("last", "expectation") else f", dealt {mean['dealt']:.1f}"
@@ -212,13 +208,13 @@ def print_table(title, columns, rows):
         print("| " + " | ".join(row) + " |")
 
 
-def paper_table(found, title, table, column, tasks, median=False):
+def paper_table(found, title, table, column=0):
     """The rows of a paper's table whose encoders were run on GLUE, and under each dev row ours for each
-    model; a table of medians also has their mean over tasks"""
-    encoders, rows = {}, []
-    for (model, _), by_task in found.items():
-        if by_task.keys() & NAMES.keys():
-            encoders[model] = next(iter(by_task.values()))[0].encoder
+    model; Tables 2 and 3 have medians, and their mean over tasks"""
+    rows, median = [], table is TABLES_2_3
+    tasks = list(NAMES) if median else ["sst2", "rte", "cola"]
+    encoders = {model: runs[0].encoder for (model, _), by_task in found.items()
+                for task, runs in by_task.items() if task in NAMES}
     for line in table.splitlines():
         name, system, *numbers = line.split(": ")
         models = [model for model in encoders if (encoders[model] == "roberta") == ("RoBERTa" in name)]
@@ -226,12 +222,13 @@ def paper_table(found, title, table, column, tasks, median=False):
             continue
         rows.append([name, "paper", *numbers[column].split()])
         if median:
-            rows[-1].append(mean_text(map(float, numbers[column].split())))
+            rows[-1].append(f"{statistics.mean(map(float, numbers[column].split())):.1f}")
         for model in models if column == 0 else ():
             ours = [found.get((model, system), {}).get(task) for task in tasks]
             rows.append(["", f"ours, {model}", *(cell(runs, median=median) for runs in ours)])
             if median and all(ours):
-                rows[-1].append(mean_text(statistics.median(run.score for run in runs) for runs in ours))
+                medians = [statistics.median(run.score for run in runs) for runs in ours]
+                rows[-1].append(f"{statistics.mean(medians):.1f}")
     if rows:
         print_table(title, ["row", "whose", *(NAMES[task] for task in tasks), "mean"][:len(rows[0])], rows)
 
@@ -240,9 +237,9 @@ def print_tables(root):
     """Tables 1 to 3 of the paper with ours beside it, in Markdown. Then every system that was run, by each of
     its exits, and what says whether an exit has learned anything: every fixed layer, and the oracle."""
     found, exits, layers = cells(root), [], []
-    paper_table(found, "Table 1. Ablation, GLUE dev, mean ± std", TABLE_1, 0, ("sst2", "rte", "cola"))
-    paper_table(found, "Table 2. GLUE dev, median over seeds", TABLES_2_3, 0, NAMES, True)
-    paper_table(found, "Table 3. GLUE test; ours: see eval.py --submit", TABLES_2_3, 1, NAMES, True)
+    paper_table(found, "Table 1. Ablation, GLUE dev, mean ± std", TABLE_1)
+    paper_table(found, "Table 2. GLUE dev, median over seeds", TABLES_2_3)
+    paper_table(found, "Table 3. GLUE test; ours: see eval.py --submit", TABLES_2_3, 1)
     run_tasks = {task for by_task in found.values() for task in by_task}
     tasks = [*(task for task in NAMES if task in run_tasks), *sorted(run_tasks - NAMES.keys())]
     for (model, system), by_task in found.items():
@@ -267,8 +264,8 @@ CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
 
 
 def plot(kind, root, out, device, batch_size, changed):
-    """One of the figures below over the finished runs under root, as out or as root/KIND.png. Those that read
-    the models do it with the settings `changed`: the folder of the data, the precision."""
+    """One of the figures below over the runs under root, as out or root/KIND.png; models are read with the
+    settings `changed`: the folder of the data, the precision"""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -299,7 +296,7 @@ def plot(kind, root, out, device, batch_size, changed):
         figure = plot_panels(pyplot, panels, kind)
     out = Path(out or root / f"{kind}.png")
     with atomic_write(out) as file:
-        figure.savefig(file, dpi=150, bbox_inches="tight", format="png")
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)
     print(out)
 
@@ -420,7 +417,7 @@ def full_depth(model, inputs, batch_size):
     """The plain model: every layer whole, then pool and classifier; logits (N,C) in the order of batches"""
     L, device, outputs = model.num_layers, next(model.parameters()).device, []
     for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
-        ids, mask, segments = fast.pad([inputs[row] for row in batch], model.encoder, device)
+        ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, device)
         h = model.encoder.embed(ids, segments)
         for i in range(1, L + 1):
             h = model.encoder.layer(i, h, mask)
@@ -433,7 +430,7 @@ def released_way(model, inputs, layers):
     """The released code's inference: one row at a time, padded to 128, down to its exit; logits (N,C)"""
     device, outputs = next(model.parameters()).device, []
     for row, layer in zip(inputs, layers.tolist()):
-        batch = fast.pad([row], model.encoder, device, 128)
+        batch = pad([row], model.encoder, device, 128)
         outputs.append(model.predict(*batch, FixedExit(layer))[0])
     return torch.cat(outputs)
 
@@ -458,19 +455,16 @@ def flops_of_layer(model, B, T, dtype):
 @torch.no_grad()
 def bench(model, settings, tokenizer, criterion, split, rounds=5):
     """Examples per second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
-    device, L, usual = next(model.parameters()).device, model.num_layers, fast.FIRST_TOKENS
+    device, L = next(model.parameters()).device, model.num_layers
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))
     length = statistics.mean(len(ids) for ids, _ in inputs)
 
-    def early(batch_size, depthwise=False, first_tokens=usual):
-        fast.FIRST_TOKENS = first_tokens            # from so many tokens a layer is decided before it is done
-        answers = model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
-        fast.FIRST_TOKENS = usual
-        return answers
+    def early(batch_size, depthwise):
+        return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
 
     with autocast(device, settings.precision):
-        _, layers = early(32)
+        _, layers = early(32, False)
         mean_layer = layers.double().mean().item()
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
         print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, exit by {criterion} at "
@@ -479,11 +473,9 @@ def bench(model, settings, tokenizer, criterion, split, rounds=5):
                     ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
         for batch_size in (1, 8, 32, 128):
             ways = {"full depth": partial(full_depth, model, inputs, batch_size),
-                    "rows dropped": partial(early, batch_size, first_tokens=10**9)}
-            if device.type == "cpu":                        # elsewhere no layer is decided first
-                ways["decided first"] = partial(early, batch_size)
+                    "early exit": partial(early, batch_size, False)}
             if model.encoder.shared:
-                ways["depth-wise"] = partial(early, batch_size, depthwise=True)
+                ways["depth-wise"] = partial(early, batch_size, True)
             if batch_size == 32:
                 ways["one by one at length 128, as released"] = partial(released_way, model, inputs, layers)
             seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(1 + rounds)]
