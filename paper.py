@@ -408,6 +408,7 @@ def plot_negations(pyplot, runs, read):
     left.legend(title="negations")
     right.set(xlabel="nested negations", ylabel="mean exit layer", xticks=k.unique().tolist())
     right.margins(y=0.3)                                                            # room for the labels
+    right.grid(False)
     return figure
 
 

@@ -1559,8 +1559,7 @@ def test_of_two_dev_sets_run_json_keeps_the_means_and_the_metrics_of_each():
     arrays = {split: (torch.randn(20, 3, 3), torch.rand(20, 3), [n % 3 for n in range(20)]) for split in "ab"}
     settings_ = run_module.make_settings(task="mnli", method="pabee")
     both, *each = [paper.study(settings_, {x: arrays[x] for x in splits}) for splits in ("ab", *"ab")]
-    for path in (("by_layer", 0), ("oracle", "score"), ("sweep", "patience", 3, "dealt")):
-        value = lambda tree: functools.reduce(lambda part, key: part[key], path, tree)
+    for value in (lambda tree: tree["by_layer"][0], lambda tree: tree["sweep"]["patience"][3]["dealt"]):
         assert value(both) == pytest.approx(sum(map(value, each)) / 2)
     kept, one, two = [tree["dev"]["last"]["metrics"] for tree in (both, *each)]
     assert kept == one | two
@@ -1831,20 +1830,20 @@ def test_damaged_run_folders_are_one_sentence(runs, here, monkeypatch):
     shutil.copytree(runs / "pabee", here / "runs" / "good")
     monkeypatch.chdir(here)
     good, evaluate = here / "runs" / "good", lambda: evaluation.main(["--run", "good", "--device", "cpu"])
-    for name in ("run.json", "config.json", "spiece.model", "model.safetensors"):
-        kept = (good / name).read_bytes()
-        for bad in (b"{", b"[]", b"\0" * 100, kept[:len(kept) // 2], b"", None):
-            (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
-            with pytest.raises(InputError) as caught:
-                evaluate()
-            assert "\n" not in str(caught.value)
-        (good / name).write_bytes(kept)
-    evaluate()
-    other = json.loads((good / "run.json").read_text())
+    kept = {name: (good / name).read_bytes()
+            for name in ("run.json", "config.json", "spiece.model", "model.safetensors")}
+    values, cases = json.loads(kept["run.json"]), []
     for wrong in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "palbert"}):
-        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | wrong}))
-        with pytest.raises(InputError):
+        cases.append(("run.json", json.dumps(values | {"settings": values["settings"] | wrong}).encode()))
+    for name, whole in kept.items():
+        cases += [(name, bad) for bad in (b"{", b"[]", b"\0" * 100, whole[:len(whole) // 2], b"", None)]
+    for name, bad in cases:
+        (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
+        with pytest.raises(InputError) as caught:
             evaluate()
+        assert "\n" not in str(caught.value)
+        (good / name).write_bytes(kept[name])
+    evaluate()
 
 
 # ---- encoders: the same numbers as transformers, from every file form ----
