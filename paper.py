@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from checkpoint import InputError, atomic_write, read_json
 from fast import pad
@@ -436,9 +435,13 @@ def released_way(model, inputs, layers):
     return torch.cat(outputs)
 
 
-def flops(operations, work):
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return operations / timer.blocked_autorange().median
+def flops(model, operations, work):
+    """FLOP/s of work(); calls that take 0.2 s lie between two waits for the device, or those would count"""
+    calls, seconds = 1, 0
+    while seconds < 0.2:
+        calls *= 2
+        seconds, _ = timed(model, lambda: [work() for _ in range(calls)])
+    return operations * calls / seconds
 
 
 def flops_of_layer(model, B, T, dtype):
@@ -446,9 +449,9 @@ def flops_of_layer(model, B, T, dtype):
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
     new = partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
     h, mask, best = new(B, T, H), new(B, T) < float("inf"), 0
-    layer = flops(2 * B * T * H * (4 * H + 2 * F + 2 * T), lambda: model.encoder.layer(1, h, mask))
+    layer = flops(model, 2 * B * T * H * (4 * H + 2 * F + 2 * T), lambda: model.encoder.layer(1, h, mask))
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
-        best = max(best, flops(2 * m * k * n, partial(torch.mm, new(m, k), new(k, n))))
+        best = max(best, flops(model, 2 * m * k * n, partial(torch.mm, new(m, k), new(k, n))))
     return (f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best product's "
             f"{best / 1e9:.0f}")
 
