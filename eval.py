@@ -1,26 +1,12 @@
-"""Ask a finished run, or all of them.
-
-    python eval.py --q 0.5                  the newest run on its dev set, with
-                                            early exit for real
-    python eval.py --text "A" --text-b "B"  where one input exits, and why
-    python eval.py --input F.tsv            label, probability and exit layer
-                                            of every row of a file
-    python eval.py --sweep                  score and mean layer for each q, in
-                                            one pass, and what each layer scores
-    python eval.py --bench                  examples per second, by batch size
-    python eval.py --table                  the paper's tables and all systems
-    python eval.py --plot q                 a figure over all runs
-    python eval.py --submit glue.zip        what GLUE's server takes
-"""
+"""Ask a finished run, or all of them: python eval.py evaluates the newest run on
+its dev set, with early exit for real; with one of the first flags it does that."""
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -40,18 +26,6 @@ CHUNK = 4096        # rows of --input that are held at a time
 
 # ---- one run, one split ----
 
-def first_line(folder, device):
-    """Which run is read, which epoch's weights it has, and where they compute"""
-    values, log = read_run(folder)[1], folder / "metrics.jsonl"
-    if values.get("finished"):
-        return f"{folder}, epoch {values.get('best_epoch', 'unknown')}, on {device_name(device)}"
-    epoch = "unknown"
-    with contextlib.suppress(OSError, ValueError):                  # a lost or cut log is no reason to stop
-        lines = [json.loads(line) for line in log.read_text().splitlines() if '"dev"' in line]
-        epoch = max(lines, key=lambda line: line["dev"]["score"])["epoch"]
-    return f"{folder}, UNFINISHED, its best epoch so far {epoch}, on {device_name(device)}"
-
-
 def read_splits(settings, tokenizer, split):
     """{split: (inputs, labels)} of the splits that a name means; MNLI's dev and test are two each"""
     return {name: read_split(settings, tokenizer, name) for name in splits_of(settings.task, split)}
@@ -61,22 +35,20 @@ def exit_statistics(model, settings, splits, batch_size):
     """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full
     depth. Then each exit runs for real and is timed; `differ` counts the rows that leave elsewhere than that
     pass says. Every way runs once before it is timed."""
-    inputs = [row for rows, _ in splits.values() for row in rows]
+    inputs, results = [row for rows, _ in splits.values() for row in rows], {}
     whole = functools.partial(all_layers, model, batch_size=batch_size, precision=settings.precision)
     whole(inputs[:batch_size])
     full_seconds, (logits, lam) = timed(model, lambda: whole(inputs))
-    sizes, results = [len(rows) for rows, _ in splits.values()], {}
-    arrays = [*zip(splits, logits.split(sizes), lam.split(sizes), [labels for _, labels in splits.values()])]
+    sizes = [len(rows) for rows, _ in splits.values()]
+    arrays = [*zip(logits.split(sizes), lam.split(sizes), [labels for _, labels in splits.values()], splits)]
     for criterion in settings.exits:
-        _, layers = apply_exit(criterion, settings, logits, lam)
         seconds, differ = full_seconds, 0
         if criterion != "expectation":                              # which needs every layer
             early = functools.partial(predict_all, model, settings, criterion, batch_size=batch_size)
             early(inputs=inputs[:batch_size])
             seconds, (_, real) = timed(model, lambda: early(inputs=inputs))
-            differ = int((layers != real).sum())
-        parts = [paper.exit_result(criterion, settings, *rest, split) for split, *rest in arrays]
-        found = paper.mean_of(parts)
+            differ = int((apply_exit(criterion, settings, logits, lam)[1] != real).sum())
+        found = paper.mean_of([paper.exit_result(criterion, settings, *part) for part in arrays])
         found["metrics"] = paper.mean_of(list(found["metrics"].values()))       # MNLI's two splits as one
         counts = [round(share * len(inputs), 2) for share in found.pop("histogram")]
         results[criterion] = {**found, "layers": counts, "differ": differ, "seconds": seconds,
@@ -113,15 +85,14 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
         arrays[name] = *all_layers(model, inputs, batch_size, settings.precision), labels
     study = paper.study(settings, arrays)
     rows, fixed, oracle = study["sweep"][criterion], study["by_layer"], study["oracle"]
-    best = max(rows, key=lambda row: (row["score"], -row["mean_layer"]))
     if as_json:
         print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows,
-                          "best": best, "by_layer": fixed, "oracle": oracle}))
+                          "by_layer": fixed, "oracle": oracle}))
         return
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in rows:
         print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
-              f"{row['dealt']:>34.1f}{'  <- best' if row is best else ''}")
+              f"{row['dealt']:>34.1f}")
     print(f"\nevery fixed layer, 1 to {len(fixed)}: {' '.join(f'{score:.1f}' for score in fixed)}\n"
           f"the first right layer of each row: {oracle['score']:.1f} at {oracle['mean_layer']:.2f}")
 
@@ -130,24 +101,23 @@ def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_jso
 
 def criterion_values(criterion, settings, logits, lam):
     """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
-    value at which it stops (or None), the largest value possible. The last layer's exit looks at nothing; the
-    entropy stands there."""
-    L, C = logits.shape[1:]
-    rule = make_rule(criterion, settings, L)
-    state, stop = rule.start(1, L, lam.device), getattr(settings, THRESHOLDS.get(criterion, ""), None)
+    value at which it stops, or None. The last layer's exit looks at nothing; the entropy stands there."""
+    L = lam.shape[1]
+    rule, stop = make_rule(criterion, settings, L), getattr(settings, THRESHOLDS.get(criterion, ""), None)
+    state = rule.start(1, L, lam.device)
     if criterion == "q":
-        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop, 1
+        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop
     if criterion == "sample":
-        return "u < lambda", state[0][0].tolist(), None, 1
+        return "u < lambda", state[0][0].tolist(), None
     if criterion == "learned":
-        return "certainty", lam[0].tolist(), stop, 1
+        return "certainty", lam[0].tolist(), stop
     if criterion == "patience":
         agreed = []
         for i in range(L):
             state, _ = rule.step(state, torch.tensor([i + 1]), lam[:, i], logits[:, i])
             agreed.append(int(state[1]))
-        return "agreed", agreed, stop, max(stop, L - 1)
-    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop, max(math.log(C), 1e-9)
+        return "agreed", agreed, stop
+    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop
 
 
 def worded(task, outputs, are_logits=True):
@@ -166,23 +136,18 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
         raise InputError(f"--text-b: {task.name} takes {wanted}")
     if criterion == "expectation":
         raise InputError("--exit expectation: it reads every layer, so no exit explains it; use another")
-    inputs = [tokenizer.encode(text_a, text_b, settings.max_length)]
-    logits, lam = all_layers(model, inputs, precision=settings.precision)
+    ids, segments = tokenizer.encode(text_a, text_b, settings.max_length)
+    logits, lam = all_layers(model, [(ids, segments)], precision=settings.precision)
     p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
-    name, values, stop, most = criterion_values(criterion, settings, logits, lam)
+    name, values, stop = criterion_values(criterion, settings, logits, lam)
     predictions = [word if p is None else f"{word} ({p:.0%})" for word, p in worded(task, logits[0])]
-    print(f"{' '.join(tokenizer.tokens(inputs[0][0]))}\n{predictions[layer - 1]} at layer {layer} of {L}, "
-          f"by {criterion} exit\n")
-    against, ponders = "" if stop is None else f"stops at {stop:g}", "q" in settings.exits
-    print(f"layer {' lambda      p' if ponders else ''} {name:>10}  {against:<42} prediction")
+    threshold, ponders = "" if stop is None else f", threshold {stop:g}", "q" in settings.exits
+    print(f"{' '.join(tokenizer.tokens(ids))}\n"
+          f"{predictions[layer - 1]} at layer {layer} of {L}, by {criterion} exit{threshold}\n")
+    print(f"layer  {' lambda      p' if ponders else ''} {name:>10}  prediction")
     for i, value in enumerate(values):
-        length = round(40 * value / most)
-        bar = list("█" * length + "·" * (40 - length))
-        if stop is not None:
-            bar.insert(min(40, round(40 * stop / most)), "|")
         method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if ponders else ""
-        print(f"{i + 1:>5} {method} {value:>10.3g}  {''.join(bar):<42} {predictions[i]}"
-              f"{'  <- exit' if i + 1 == layer else ''}")
+        print(f"{i + 1:>5}  {method} {value:>10.3f}  {predictions[i]}{'  <- exit' if i + 1 == layer else ''}")
 
 
 def predict_rows(model, settings, inputs, criterion, batch_size):
@@ -207,38 +172,34 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
             done += len(chunk)
             pace = (time.time() - started) / done
-            left = datetime.timedelta(seconds=round(pace * (total - done)))
-            say(f"{done} of {total} rows, {1 / pace:.0f} a second, {left} to go")
+            say(f"{done} of {total} rows, {1 / pace:.0f} a second, {pace * (total - done):.0f} s to go")
         file.flush()
 
 
 # ---- all runs: a submission ----
 
 def submit(path, root, method, model, device, batch_size, changed):
-    """The zip for GLUE's server of one system, a method's preset with one model: the best seed on dev of each
-    task's cell. MNLI's run predicts AX, too. All files are read before anything is predicted."""
-    found, best, predictions = paper.cells(paper.finished_runs(root)), {}, {}
-    for task, name, _ in found:
-        seeds = paper.seeds_of(found, task, name, {"method": method})
-        if seeds and any(task == other for other, _ in SUBMISSION.values()):
-            best.setdefault(name, {})[task] = max(seeds, key=lambda run: run.score)
+    """The zip for GLUE's server of one system, with one model: the best seed on dev of each task. MNLI's run
+    predicts AX, too. All files are read before anything is predicted."""
+    best, jobs, predictions = {}, [], {}
+    for (task, name), members in paper.main_cells(paper.cells(root)).items():
+        if method in members and any(task == other for other, _ in SUBMISSION.values()):
+            best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
         raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
                          f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
-    jobs = []
-    for task, run in best[name].items():
-        keys = [key for key in SUBMISSION.values() if key[0] == task or (task == "mnli" and key[0] == "ax")]
-        data_dir = changed.get("data_dir", run.settings.data_dir)
-        jobs.append((run, {key: load(*key, data_dir) for key in keys}))
-    for run, files in jobs:
-        say(f"{run.folder}, dev {run.score:.1f} by {run.settings.exit}")
-        settings, tokenizer, model = load_run(run.folder, device)
-        settings = dataclasses.replace(settings, **changed)
+    for run in best[name]:
+        settings = dataclasses.replace(run.settings, **changed)
+        tasks = ("mnli", "ax") if settings.task == "mnli" else (settings.task,)
+        files = {key: load(*key, settings.data_dir) for key in SUBMISSION.values() if key[0] in tasks}
+        jobs.append((run, settings, files))
+    for run, settings, files in jobs:
+        say(f"{run.folder}, dev {run.score:.1f} by {settings.exit}")
+        _, tokenizer, model = load_run(run.folder, device)
         for key, examples in files.items():
             inputs = tokenizer.encode_all(examples, settings.max_length)
-            outputs, _ = predict_rows(model, settings, inputs, settings.exit, batch_size)
-            predictions[key] = answers(outputs)
+            predictions[key] = answers(predict_rows(model, settings, inputs, settings.exit, batch_size)[0])
     missing = ", ".join(write_submission(path, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
@@ -256,16 +217,19 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
     "submit": (str, "submit", "write the zip for GLUE's server, of one system"),
     "run": (str, ONE, "name or folder of the run [the newest]"),
     "exit": (str, ONE, "the exit that is asked about [the run's own, or that of a given threshold]"),
-    **{name: (None, "report text input bench", "") for name in THRESHOLDS.values()},
+    "q": (float, "report text input bench", "threshold of Q-exit [the run's]"),
+    "patience": (int, "report text input bench", "PABEE's t, layers in a row that agree [the run's]"),
+    "entropy": (float, "report text input bench", "threshold of entropy exit in nats [the run's]"),
+    "certainty": (float, "report text input bench", "threshold of BERxiT's exit [the run's]"),
     "split": (str, "report bench sweep", "dev, test or train [dev]"),
     "json": (None, "report sweep", "one JSON object on stdout, all else on stderr"),
     "text_b": (str, "text", "the second text, for tasks of pairs"),
     "output": (str, "input", "the file of the answers [stdout]"),
     "runs": (str, "table plot submit", "the folder of all runs, or of their run.json files [runs]"),
     "out": (str, "plot", "the figure's file [RUNS/FIGURE.png]"),
-    "method": (str, "submit", "whose preset is submitted [palbert]"),
+    "method": (str, "submit", "whose main system is submitted [palbert]"),
     "model": (str, "submit", "with which model [albert-base-v2, or the only one]"),
-    "batch_size": (int, "report input sweep plot submit", "rows computed together [32]"),
+    "batch_size": (int, "report input sweep plot submit", "rows computed together [32, on CUDA 256]"),
     "device": (str, MODEL, "cuda, cuda:N, mps or cpu [the first that is there]"),
     "precision": (str, MODEL, "float32 or bf16 [the run's]"),
     "data_dir": (str, "report bench sweep plot submit", "folder with the GLUE files [the run's]"),
@@ -277,12 +241,11 @@ def parse_flags(argv):
     not read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
     parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    types = {field.name: field for field in dataclasses.fields(Settings)}
     for name, (kind, _, meaning) in FLAGS.items():
-        if name in THRESHOLDS.values():
-            kind, meaning = types[name].type, types[name].metadata["meaning"] + " [the run's]"
-        more = {"action": "store_true"} if kind is None else {"type": kind, "metavar": "X"}
-        if isinstance(kind, tuple):
+        more = {"type": kind, "metavar": "X"}
+        if kind is None:
+            more = {"action": "store_true"}
+        elif isinstance(kind, tuple):
             more = {"choices": kind}
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
     given = vars(parser.parse_args(argv))
@@ -292,14 +255,15 @@ def parse_flags(argv):
             others = " or ".join(flag(other) for other in FLAGS[name][1].split())
             where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
             raise InputError(f"{flag(name)} does nothing {where}")
-    make_settings(**{name: value for name, value in given.items() if name in types})
+    names = {field.name for field in dataclasses.fields(Settings)}
+    make_settings(**{name: value for name, value in given.items() if name in names})
     return use, given
 
 
 def main(argv=None):
     use, given = parse_flags(argv)
     device, root = choose_device(given.get("device")), Path(given.get("runs", RUNS))
-    batch_size, split, as_json = given.get("batch_size", 32), given.get("split", "dev"), "json" in given
+    batch_size = given.get("batch_size", 256 if device.type == "cuda" else 32)
     changed = {name: given[name] for name in (*THRESHOLDS.values(), "data_dir", "precision") if name in given}
     if "runs" in given and not root.is_dir():
         raise InputError(f"--runs {root}: expected a folder of runs, or of their run.json files, found none")
@@ -310,9 +274,9 @@ def main(argv=None):
     if use == "submit":
         method, model = given.get("method", "palbert"), given.get("model")
         return submit(given["submit"], root, method, model, device, batch_size, changed)
-    folder = find_run(given.get("run"))
+    folder, split, as_json = find_run(given.get("run")), given.get("split", "dev"), "json" in given
     settings, tokenizer, model = load_run(folder, device)
-    settings = dataclasses.replace(settings, **changed)
+    settings, values = dataclasses.replace(settings, **changed), read_run(folder)[1]
     thresholds = [name for name in THRESHOLDS if THRESHOLDS[name] in given]
     criterion = given.get("exit", thresholds[0] if thresholds else settings.exit)
     for name in [criterion, *thresholds]:
@@ -321,17 +285,20 @@ def main(argv=None):
                              f"{', '.join(settings.exits)}")
         if name != criterion and use != "report":
             raise InputError(f"{flag(THRESHOLDS[name])} does nothing with --exit {criterion}")
-    print(first_line(folder, device), file=sys.stderr if as_json or use == "input" else sys.stdout)
+    epoch = f"epoch {values['best_epoch']}" if values.get("finished") else "UNFINISHED, its best epoch so far"
+    print(f"{folder}, {epoch}, on {device_name(device)}",
+          file=sys.stderr if as_json or use == "input" else sys.stdout)
+    asked = (model, settings, tokenizer, criterion)
     if use == "text":
-        explain(model, settings, tokenizer, criterion, given["text"], given.get("text_b"))
+        explain(*asked, given["text"], given.get("text_b"))
     elif use == "input":
-        answer_file(model, settings, tokenizer, criterion, given["input"], given.get("output"), batch_size)
+        answer_file(*asked, given["input"], given.get("output"), batch_size)
     elif use == "bench":
-        paper.bench(model, settings, tokenizer, criterion, split)
+        paper.bench(*asked, split)
     elif use == "sweep":
-        print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json)
+        print_sweep(*asked, split, batch_size, as_json)
     else:
-        report(model, settings, tokenizer, criterion, split, batch_size, as_json)
+        report(*asked, split, batch_size, as_json)
 
 
 if __name__ == "__main__":

@@ -1168,11 +1168,11 @@ CRITERIA = {"palbert": ("q", "sample", "expectation", "last"), "pondernet": ("sa
 def parity_runs(tmp_path_factory):
     """A folder whose runs/ has one epoch of every method on few rows of parity, palbert with two seeds"""
     folder, real = tmp_path_factory.mktemp("parity"), glue.load
-    few = lambda task, split, _=None: real(task, split)[:192 if split == "train" else 40]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(run_module, "load", few)
-        patch.setattr(train, "load", few)
+        for module in (run_module, train):
+            patch.setattr(module, "load",
+                          lambda task, split, _=None: real(task, split)[:192 if split == "train" else 40])
         for flags in [["palbert", "--seed", "1"], *([method] for method in CRITERIA)]:
             train.main(["--method", *flags, "--epochs", "1", "--device", "cpu", "--name", "".join(flags)])
     return folder
@@ -1212,46 +1212,30 @@ def test_rows_that_leave_elsewhere_are_counted_by_their_layers_in_a_table(runs, 
     assert [line.split()[-1] for line in lines[3:]] == ["3", "3", "0", "3"]
 
 
-def test_every_way_has_run_once_before_it_is_timed(runs, monkeypatch, capsys):
-    calls = []
+def test_every_way_has_run_once_in_the_precision_that_is_given_before_it_is_timed(runs, monkeypatch, capsys):
+    calls, precisions, real = [], set(), run_module.autocast
 
     def watched(name, *arguments, **keywords):
         calls.append(name)
         return getattr(run_module, name)(*arguments, **keywords)
 
-    for name in ("all_layers", "predict_all", "timed"):
-        monkeypatch.setattr(evaluation, name, functools.partial(watched, name))
-    asked(capsys, "--run", "pabee")
-    assert calls == ["all_layers", "timed", "all_layers", *3 * ["predict_all", "timed", "predict_all"]]
-
-
-def test_the_precision_that_is_given_overrides_the_runs_in_every_pass(runs, monkeypatch, capsys):
-    seen, real = set(), run_module.autocast
-
-    def watched(device, precision=None):
-        seen.add(precision)
+    def autocast(device, precision=None):
+        precisions.add(precision)
         return real(device, "float32")
 
-    monkeypatch.setattr(run_module, "autocast", watched)
-    asked(capsys, "--run", "palbert", "--precision", "bf16")
-    assert seen == {"bf16"}
-
-
-def test_the_expectation_is_computed_from_the_same_pass_as_every_q(runs):
-    settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
-    inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
-    logits, lam = run_module.all_layers(model, inputs)
-    outputs, _ = run_module.apply_exit("expectation", settings_, logits, lam)
-    assert torch.allclose(outputs, expected_prediction(logits, exit_distribution(lam)))
-    one_by_one = [model(*pad([row], model.encoder, "cpu"))[0][0] for row in inputs[:5]]
-    assert torch.allclose(logits[:5], torch.stack(one_by_one), atol=1e-4)
+    monkeypatch.setattr(run_module, "autocast", autocast)
+    for name in ("all_layers", "predict_all", "timed"):
+        monkeypatch.setattr(evaluation, name, functools.partial(watched, name))
+    asked(capsys, "--run", "pabee", "--precision", "bf16")
+    assert calls == ["all_layers", "timed", "all_layers", *3 * ["predict_all", "timed", "predict_all"]]
+    assert precisions == {"bf16"}
 
 
 def test_the_benchmarks_ways_answer_alike_and_its_table_has_a_line_for_each(runs, capsys, monkeypatch):
     monkeypatch.setattr(paper, "bench", functools.partial(paper.bench, rounds=1))
     text = asked(capsys, "--bench", "--run", "palbert")
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 4 * 4 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
+    assert len(lines) == 2 + 4 * 3 + 1 and {line[0] for line in lines[2:]} == {"| 1", "| 8", "| 32", "| 128"}
     assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in lines[2:])
     assert re.search(r"one layer on 32 x \d+: \d+ GFLOP/s, \d+% of the best product's \d+", text)
     settings_, tokenizer, model = run_module.load_run(runs / "palbert", CPU)
@@ -1297,9 +1281,7 @@ def test_of_two_dev_sets_run_json_keeps_the_means_and_the_metrics_of_each():
     arrays = {split: (torch.randn(20, 3, 3), torch.rand(20, 3), [n % 3 for n in range(20)]) for split in "ab"}
     settings_ = run_module.make_settings(task="mnli", method="pabee")
     both, *each = [paper.study(settings_, {x: arrays[x] for x in splits}) for splits in ("ab", *"ab")]
-    for path in (("by_layer", 0), ("oracle", "score"),
-                 ("dev", "entropy", "dealt"), ("sweep", "patience", 3, "dealt")):
-        value = lambda tree: functools.reduce(lambda part, key: part[key], path, tree)
+    for value in (lambda tree: tree["by_layer"][0], lambda tree: tree["sweep"]["patience"][3]["dealt"]):
         assert value(both) == pytest.approx(sum(map(value, each)) / 2)
     kept, one, two = [tree["dev"]["last"]["metrics"] for tree in (both, *each)]
     assert kept == one | two
@@ -1349,7 +1331,7 @@ def test_a_file_gets_the_answers_of_predict_many_in_its_order_in_any_chunks(runs
         header, *rows_ = [line.split("\t") for line in answers.read_text().splitlines()]
         assert header == ["label", "probability", "layer"] and [[row[0], row[2]] for row in rows_] == expected
         assert [float(p) for _, p, _ in rows_] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-3)
-    evaluation.main(["--run", "pabee", "--entropy", str(threshold), "--input", str(file)])
+    evaluation.main(["--run", "pabee", "--entropy", str(threshold), "--input", str(file), "--device", "cpu"])
     said = capsys.readouterr()
     assert said.out == answers.read_text() and "20 of 20 rows" in said.err
 
@@ -1371,7 +1353,8 @@ def test_a_bad_row_of_a_file_is_one_sentence_before_any_work_and_older_answers_s
     ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
     ("--sweep --q 0.3", "--q does nothing"), ("--output x", "with --input"), ("--text-b x", "with --text"),
     ("--table --split dev", "--split does nothing"), ("--submit x.zip", "finished GLUE runs of palbert"),
-    ("--run x", "no run 'x'"), ("", "no run with"), ("--table --runs x", "--runs x: expected a folder")])
+    ("--plot q", "finished runs"), ("--run x", "no run 'x'"), ("", "no run with"),
+    ("--table --runs x", "--runs x: expected a folder")])
 def test_flags_are_judged_before_a_run_is_looked_for(flags, words, here):
     with pytest.raises(InputError, match=words):
         evaluation.main(flags.split())
@@ -1389,10 +1372,9 @@ def test_what_the_run_does_not_have_or_use_is_refused(flags, words, runs):
 def test_the_first_line_says_run_epoch_device_and_that_a_run_is_unfinished(runs, here, capsys):
     assert asked(capsys, "--run", "pabee").startswith("runs/pabee, epoch 1, on cpu")
     shutil.copytree(runs / "pabee", here / "stopped")
-    values = json.loads((here / "stopped" / "run.json").read_text()) | {"finished": False, "best_epoch": None}
+    values = json.loads((here / "stopped" / "run.json").read_text()) | {"finished": False}
     (here / "stopped" / "run.json").write_text(json.dumps(values))
-    said = asked(capsys, "--run", here / "stopped")
-    assert "stopped, UNFINISHED, its best epoch so far 1" in said.splitlines()[0]
+    assert "stopped, UNFINISHED, " in asked(capsys, "--run", here / "stopped").splitlines()[0]
 
 
 def test_help_fits_80_columns(here):
@@ -1423,6 +1405,7 @@ def results(here):
     for seed in range(5):
         keep(80 + seed, lr=3e-5, seed=seed)
         keep(70 + seed, lr=3e-5, seed=seed, prior=0.2)
+        keep(50, model="minilm", encoder="bert", seed=seed, prior=0.2, task="mrpc")
     for seed in range(7):
         keep(95, seed=seed, beta=0.0)
         keep(95, seed=seed, method="pabee", patience=2)
@@ -1433,6 +1416,7 @@ def results(here):
     keep(50, method="finetune")
     keep(51, method="finetune", lr=2e-5)
     keep(90, model="minilm", encoder="bert")
+    keep(40, model="minilm", encoder="bert", prior=0.2)
     whole = json.loads((here / "results" / "0.json").read_text())
     del whole["dev"]["sample"]["dealt"]
     (here / "results" / "lacks.json").write_text(json.dumps(whole))
@@ -1444,56 +1428,72 @@ def test_a_cell_is_the_seeds_of_one_set_of_settings_and_a_damaged_file_is_passed
     evaluation.main(["--table", "--runs", "results"])
     said, warned = capsys.readouterr()
     assert "bad.json" in warned and "lacks.json" in warned and warned.count("passed over") == 2
-    one, two, three, systems = [part.splitlines() for part in re.split("Table .|Every system", said)[1:]]
+    one, two, three, systems, layers = [part.splitlines() for part in said.split("\n\n| ")[1:]]
     under = lambda table, name: table[[line.startswith(f"| {name} |") for line in table].index(True) + 1]
-    assert "82.0 ± 1.6 (n = 5, layer 2.0, dealt 81.0)" in under(one, "all: PALBERT")
+    assert "82.0 ± 1.6 (n = 5, layer 2.0, dealt 81.0)" in under(one, "all, PALBERT")
     assert "ours, albert-base-v2 | not run | 82.0 (n = 5" in under(two, "PALBERT")
     assert "60.5 (n = 2" in under(two, "PABEE (t = 6)") and "51.0 (n = 1," in under(two, "ALBERT")
-    assert "paper" in under(two, "RoBERTa") and not any("ours," in line for line in three)
-    rows_ = {tuple(line.strip("| ").split(" | ")[:3]): line for line in systems[4:]}
-    assert "95.0 ± 0.0 (n = 7" in rows_["albert-base-v2", "palbert, beta 0.0", "q"]
-    assert "95.0 ± 0.0 (n = 7" in rows_["albert-base-v2", "pabee, patience 2", "entropy"]
-    assert "| 80.0 81.0 82.0 |" in rows_["albert-base-v2", "palbert", "every fixed layer"]
-    assert "| 87.0 (layer 1.2) |" in rows_["albert-base-v2", "palbert", "first right layer"]
-    assert "90.0 (n = 1" in rows_["minilm", "palbert", "q"]
+    assert "| 93.0 | 73.5 |" in three[5] and "| 80.6 |" in three[5] and "ours" not in " ".join(three)
+    assert "RoBERTa" not in said                                        # no such encoder was run
+    rows_ = [line.strip("| ").split(" | ") for line in systems[2:]]
+    found = {tuple(row[:3]): " | ".join(row[3:]) for row in rows_ if len(row) == 5}
+    assert "95.0 ± 0.0 (n = 7" in found["albert-base-v2", "palbert, beta 0.0", "q"]
+    assert "95.0 ± 0.0 (n = 7" in found["albert-base-v2", "pabee, patience 2", "entropy"]
+    assert "90.0 (n = 1" in found["minilm", "palbert", "q"]
+    order = [system.split(",")[0] for _, system, _ in found]
+    assert order == [*["finetune"], *["pabee"] * 4, *["palbert"] * 18]
+    assert "| albert-base-v2 | palbert | 80.0 81.0 82.0; 87.0 at 1.2 | not run |" in layers
+
+
+def drawn(kind, folder):
+    """The figure of a folder's runs, as --plot draws it"""
+    from matplotlib import pyplot
+    figures = []
+    with mock.patch.object(pyplot, "close", figures.append):
+        evaluation.main(["--plot", kind, "--runs", str(folder), "--out", "x.png", "--device", "cpu"])
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    return figures[0]
 
 
 @pytest.mark.parametrize("kind, labels", [
-    ("q", ["palbert, n = 5"]), ("prior", ["λ 0.1: 82.0", "λ 0.2: 72.0"]),
-    ("speedup", ["PALBERT, Q-exit", "PABEE, patience", "PABEE's heads, entropy", "plain model"])])
-def test_figures_2_to_4_are_drawn_from_those_cells_without_a_model(kind, labels, results):
-    from matplotlib import pyplot
-    axis = paper.plot_panels(pyplot, paper.cells(paper.finished_runs(results)), kind).axes[0]
-    assert axis.get_title() == "RTE, albert-base-v2" and axis.get_legend_handles_labels()[1] == labels
-    if kind == "speedup":
-        ringed = [line.get_xydata().tolist() for line in axis.lines if line.get_fillstyle() == "none"]
-        assert axis.get_xscale() == "log" and ringed == [[[1.5, 82]], [[1.5, 60.5]]]
-    evaluation.main(["--plot", kind, "--runs", "results", "--out", "x.png"])
-    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    ("q", ["PALBERT, n = 5", "q = 0.5, t = 6", "plain, n = 1", "PALBERT, prior 0.2, n = 5"]),
+    ("speedup", ["PABEE, n = 2", "q = 0.5, t = 6", "PABEE by entropy, n = 2", "PALBERT, n = 5"])])
+def test_figures_2_and_3_show_the_main_system_of_each_method_without_a_model(kind, labels, results):
+    figure = drawn(kind, results)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["RTE, albert-base-v2", "MRPC, minilm", "RTE, minilm"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:4] == labels
+    ringed = [line for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
+    assert [line.get_ydata().tolist() for line in ringed] == ([[82]] if kind == "q" else [[60.5], [82]])
+    assert figure.axes[0].get_xscale() == ("linear" if kind == "q" else "log")
+
+
+def test_figure_4_has_a_line_with_its_score_for_each_prior_of_a_task(results):
+    albert, minilm = drawn("prior", results).axes
+    assert [label.get_text() for label in albert.get_yticklabels()] == ["λ 0.1: 82.0", "λ 0.2: 72.0"]
+    assert minilm.get_title() == "RTE, minilm" and [text.get_text() for text in minilm.texts] == ["100%"] * 2
 
 
 @pytest.mark.parametrize("kind", ["distribution", "negations"])
-def test_figures_that_read_the_models_read_all_seeds(kind, runs, here, capsys):
-    evaluation.main(["--plot", kind, "--out", str(here / "x.png"), "--device", "cpu"])
-    assert (here / "x.png").read_bytes().startswith(b"\x89PNG")
+def test_figures_that_read_the_models_read_all_seeds(kind, runs, here, monkeypatch, capsys):
+    folder = runs.resolve()
+    monkeypatch.chdir(here)
+    drawn(kind, folder)
     assert capsys.readouterr().err.count("reading") == 2
 
 
-def test_fig_5_has_the_mean_of_the_seeds_and_the_prior_and_without_runs_there_is_no_figure(runs):
+def test_figure_5_has_the_mean_of_the_seeds_and_the_prior(runs):
     from matplotlib import pyplot
     lam = iter([torch.full((2, 12), 0.5), torch.full((2, 12), 1.0)])
-    found = paper.cells(paper.finished_runs(runs))
-    figure = paper.plot_distribution(pyplot, found, lambda run, split: (None, None, next(lam)))
+    panels = {key: members["palbert"] for key, members in paper.main_cells(paper.cells(runs)).items()}
+    figure = paper.plot_distribution(pyplot, panels, lambda run, split: (None, None, next(lam)))
     curve, prior = figure.axes[0].lines
     assert curve.get_ydata()[0] == 0.75 and prior.get_linestyle() == "--"
     assert prior.get_ydata() == pytest.approx(geometric_prior(0.25, 12).numpy())
-    with pytest.raises(InputError, match="finished runs"):
-        evaluation.main(["--plot", "q", "--runs", "/"])
 
 
-HEADERS = {"CoLA": ["sentence"], "MRPC": ["#1 String", "#2 String"]}
-LABELS = {"CoLA": ("label", "01"), "MRPC": ("Quality", "01"), "STS-B": ("score", "0123"),
-          "MNLI": ("gold_label", glue.TASKS["mnli"].labels), "RTE": ("label", glue.TASKS["rte"].labels)}
+LABELS = {"STS-B": ("score", "0123"), "MNLI": ("gold_label", glue.TASKS["mnli"].labels),
+          "RTE": ("label", glue.TASKS["rte"].labels)}
 
 
 def glue_folder(folder, sizes):
@@ -1501,30 +1501,26 @@ def glue_folder(folder, sizes):
     draw = random.Random(0)
     for name, test_rows in sizes:
         task, _, test = name.partition("/")
-        test = test or "test"
+        test, (label, words) = test or "test", LABELS[task]
         (folder / task).mkdir(parents=True, exist_ok=True)
-        columns, (label, words) = HEADERS.get(task, ["sentence1", "sentence2"]), LABELS[task]
         for split, n in (("train", 64), (test.replace("test", "dev"), 24), (test, test_rows)):
-            header = [*columns] if split == test else [*columns, label]
-            lines = [] if task == "CoLA" and split != test else ["\t".join(["index", *header])]
+            lines = [["index", "sentence1", "sentence2", label]]
             for i in range(n):
-                row = [str(i), *(" ".join(draw.choices(("a", "dog", "ran", "cat"), k=5)) for _ in columns)]
-                if split != test:
-                    row.append(words[i % len(words)])
-                    row = ["x", row[2], "", row[1]] if task == "CoLA" else row
-                lines.append("\t".join(row))
-            (folder / task / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                texts = [" ".join(draw.choices(("a", "dog", "ran", "cat"), k=5)) for _ in range(2)]
+                lines.append([str(i), *texts, words[i % len(words)]])
+            text = "".join("\t".join(line[:3 if split == test else 4]) + "\n" for line in lines)
+            (folder / task / f"{split}.tsv").write_text(text, encoding="utf-8")
     return folder
 
 
 def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, capsys):
-    glue_folder(here / "glue", [("CoLA", 1063), ("STS-B", 1379), ("MNLI/test_matched", 9796),
+    glue_folder(here / "glue", [("RTE", 3000), ("STS-B", 1379), ("MNLI/test_matched", 9796),
                                 ("MNLI/test_mismatched", 9847)])
     (here / "glue" / "AX.tsv").write_text("index\tsentence1\tsentence2\n" + "0\ta dog\ta cat\n" * 1104)
     small = ["--model", "tiny", "--data-dir", "glue", "--max-length", "12", "--epochs", "1", *QUICK[2:]]
-    for flags in (["cola"], ["cola", "--seed", "1"], ["mnli"], ["stsb"], ["cola", "--method", "finetune"]):
+    for flags in (["rte"], ["rte", "--seed", "1"], ["mnli"], ["stsb"], ["rte", "--method", "finetune"]):
         train.main(["--task", *flags, *small, "--name", "".join(flags)])
-    for name, score in (("cola", 60), ("cola--seed1", 61), ("cola--methodfinetune", 99)):   # another system
+    for name, score in (("rte", 60), ("rte--seed1", 61), ("rte--methodfinetune", 99)):      # another system
         path = here / "runs" / name / "run.json"
         path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
     with pytest.raises(InputError, match="of pabee with albert-base-v2 in runs/, found models: none"):
@@ -1532,9 +1528,9 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
     capsys.readouterr()
     evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
     said = capsys.readouterr()
-    assert "for want of a run: SST-2.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, RTE.tsv, WNLI.tsv" in said.out
-    assert "runs/cola--seed1, dev 61.0 by q" in said.err and "finetune" not in said.err
-    check_submission("glue.zip", ["CoLA", "STS-B", "MNLI-m", "MNLI-mm", "AX"])
+    assert "for want of a run: CoLA.tsv, SST-2.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv" in said.out
+    assert "runs/rte--seed1, dev 61.0 by q" in said.err and "finetune" not in said.err
+    check_submission("glue.zip", ["STS-B", "MNLI-m", "MNLI-mm", "RTE", "AX"])
 
 
 @pytest.mark.parametrize("method", CRITERIA)
@@ -1556,20 +1552,20 @@ def test_damaged_run_folders_are_one_sentence(runs, here, monkeypatch):
     shutil.copytree(runs / "pabee", here / "runs" / "good")
     monkeypatch.chdir(here)
     good, evaluate = here / "runs" / "good", lambda: evaluation.main(["--run", "good", "--device", "cpu"])
-    for name in ("run.json", "config.json", "spiece.model", "model.safetensors"):
-        kept = (good / name).read_bytes()
-        for bad in (b"{", b"[]", b"\0" * 100, kept[:len(kept) // 2], b"", None):
-            (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
-            with pytest.raises(InputError) as caught:
-                evaluate()
-            assert "\n" not in str(caught.value)
-        (good / name).write_bytes(kept)
-    evaluate()
-    other = json.loads((good / "run.json").read_text())
+    kept = {name: (good / name).read_bytes()
+            for name in ("run.json", "config.json", "spiece.model", "model.safetensors")}
+    values, cases = json.loads(kept["run.json"]), []
     for wrong in ({"q": 7}, {"unknown": 1}, {"layers": "two"}, {"task": "cola"}, {"method": "palbert"}):
-        (good / "run.json").write_text(json.dumps(other | {"settings": other["settings"] | wrong}))
-        with pytest.raises(InputError):
+        cases.append(("run.json", json.dumps(values | {"settings": values["settings"] | wrong}).encode()))
+    for name, whole in kept.items():
+        cases += [(name, bad) for bad in (b"{", b"[]", b"\0" * 100, whole[:len(whole) // 2], b"", None)]
+    for name, bad in cases:
+        (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
+        with pytest.raises(InputError) as caught:
             evaluate()
+        assert "\n" not in str(caught.value)
+        (good / name).write_bytes(kept[name])
+    evaluate()
 
 
 # ---- encoders: the same numbers as transformers ----
