@@ -110,7 +110,7 @@ class Places:
         self.host = torch.zeros(most, 3 + 2 * W, dtype=torch.int32, pin_memory=self.cuda)
         self.sent = torch.empty_like(self.host, device=self.device)
         self.taken = np.zeros(size, np.int64)                    # tokens of the row in a place, 0: it is free
-        nobody = layers.new_zeros(size + 1)                         # the last place is for those that did not come
+        nobody = layers.new_zeros(size + 1)            # the last place is for those that did not come
         self.row, self.length, self.depth = nobody + self.N, nobody + 1, nobody.clone()
         self.stop = nobody[:-1].bool()
         self.h = answers.new_zeros(size + 1, W, model.encoder.hidden_size)
