@@ -134,9 +134,11 @@ def read_label(task, word, path, line):
     """-> the class index or the number that a word stands for."""
     with contextlib.suppress(ValueError):
         value = task.labels.index(word) if task.labels else float(word)
-        if math.isfinite(value):
+        if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
             return value
-    expected = "one of " + shorten(", ".join(task.labels)) if task.labels else "a finite number"
+    expected = "a finite number, for stsb from 0 to 5"
+    if task.labels:
+        expected = "one of " + shorten(", ".join(task.labels))
     raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
 
 

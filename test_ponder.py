@@ -2179,6 +2179,7 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ("bert", {"added_tokens_decoder": {"7": {"content": "E1"}, "8": {"content": "[E2]"}}}, r"E1, \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
+    ("albert", {"cls_token": "<s>"}, "<s>"), ("bert", {"unk_token": {"content": "<unk>"}}, "<unk>"),
     *((kind, None, "covid, which") for kind in ("albert", "roberta", "bert")),
 ], indirect=["tokenizer_folder"])
 def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(tokenizer_folder, settings, named):
@@ -2348,7 +2349,7 @@ def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, 
     ("sst2", "sentence|label/a/b/", "no usable row, line 3"),
     *(("sst2", data, "utf-8") for data in (b"sentence\tlabel\n\xff\xfe\t1\n", tsv("a|1/").encode("utf-16"))),
     *(("sst2", f"sentence|label/a|{label}/", "label.*0, 1.*line 2") for label in ("2", "9" * 1000, "\xb2")),
-    *(("stsb", STSB + label, f"{label}.*finite.*line 2") for label in ("one", "nan", "1e400"))])
+    *(("stsb", STSB + label, f"{label}.*finite.*line 2") for label in ("one", "nan", "1e400", "5.1"))])
 def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, data, expected, tmp_path):
     data = tsv(data) if isinstance(data, str) else data
     path = write_file(tmp_path, f"{glue.TASKS[task].folder}/dev.tsv", data)

@@ -308,6 +308,9 @@ def read_settings(folder, kind):
     with guard(files[0], "tokenizer_config.json"):
         tokens = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
         tokens += [*added, *(settings.get("additional_special_tokens") or [])]
+        for name in ("cls_token", "sep_token", "pad_token", "unk_token"):
+            token = settings.get(name) or kind.special[0]
+            tokens.append(token["content"] if isinstance(token, dict) else token)
     obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
     fixed = dict(kind.fixed)
     if kind is BertTokenizer:
