@@ -15,7 +15,7 @@ from checkpoint import InputError, atomic_write, read_json
 from fast import pad
 from glue import buckets, load, negations
 from ponder import FixedExit, exit_distribution, geometric_prior
-from run import (DRAWS, EXITS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
+from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
                  changed_settings, device_name, load_run, make_rule, make_settings, read_split, say, scores,
                  splits_of, timed)
 
@@ -216,7 +216,8 @@ def paper_table(found, title, table, column=0):
                 for task, runs in by_task.items() if task in NAMES}
     for line in table.splitlines():
         name, system, *numbers = line.split(": ")
-        models = [model for model in encoders if (encoders[model] == "roberta") == ("RoBERTa" in name)]
+        encoder = "roberta" if "RoBERTa" in name else "albert"
+        models = [model for model in encoders if encoders[model] == encoder]
         if not models or column == len(numbers):
             continue
         rows.append([name, "paper", *numbers[column].split()])
@@ -243,7 +244,7 @@ def print_tables(root):
     tasks = [*(task for task in NAMES if task in run_tasks), *sorted(run_tasks - NAMES.keys())]
     for (model, system), by_task in found.items():
         layers.append([model, system, *(layers_cell(by_task.get(task)) for task in tasks)])
-        for criterion in EXITS:
+        for criterion in CRITERIA:
             runs = {task: runs for task, runs in by_task.items() if criterion in runs[0].dev}
             if runs and (criterion != "last" or system.startswith("finetune")):     # else it is a fixed layer
                 exits.append([model, system, criterion, *(cell(runs.get(task), criterion) for task in tasks)])

@@ -36,6 +36,7 @@ EXITS = {       # by which a method's model can be evaluated
     "palbert": ("q", "sample", "expectation", "last"), "pondernet": ("q", "sample", "expectation", "last"),
     "pabee": ("patience", "entropy", "last"), "berxit": ("learned", "last"), "finetune": ("last",),
 }
+CRITERIA = tuple(dict.fromkeys(name for names in EXITS.values() for name in names))
 SCRATCH = {     # this project's own settings for models from scratch
     "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0,
              "epochs": 2, "warmup": 100, "clip": 1.0},
@@ -65,8 +66,7 @@ class Settings:
     data_dir: str = setting(None, None, "folder with the GLUE files; without it they are downloaded")
     device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
     precision: str = setting(None, ("float32", "bf16"), "without it bf16 where a GPU computes in it")
-    exit: str = setting("q", tuple(dict.fromkeys(sum(EXITS.values(), ()))),
-                        "the exit whose dev score stops and selects")
+    exit: str = setting("q", CRITERIA, "the exit whose dev score stops and selects")
     q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
     prior: float = setting(0.1, (1e-9, 1 - 1e-9), "lambda of the geometric prior (section 4.5)")
