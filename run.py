@@ -168,6 +168,8 @@ def choose_device(name=None):
     if device.type == "cuda":
         device = torch.device("cuda", int(rank or device.index or 0))
         torch.cuda.set_device(device.index)
+        # cuDNN's attention plans anew for each shape, 3.4 s for MRPC's dev set on an H100.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

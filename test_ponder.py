@@ -1548,6 +1548,12 @@ def test_regression_trains_evaluates_sweeps_explains_and_answers_by_every_method
     assert all(1 <= int(line.split("\t")[1]) <= 3 for line in lines)
 
 
+def test_the_readmes_code_answers_with_a_run(runs):
+    code, names = re.search("```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1], {}
+    exec(code.replace("NAME", "palbert"), names)
+    assert names["logits"].shape == (1, 2) and 1 <= names["layers"].item() <= 12
+
+
 def test_damaged_run_folders_are_one_sentence(runs, here, monkeypatch):
     shutil.copytree(runs / "pabee", here / "runs" / "good")
     monkeypatch.chdir(here)
