@@ -80,6 +80,8 @@ def map_file(path):
     """A file as a buffer that takes no memory until it is read; changing it does not change the file."""
     check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")     # open() would wait for ever at a FIFO
     with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""                                              # which mmap refuses
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
