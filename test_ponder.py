@@ -3066,7 +3066,7 @@ def test_a_part_is_gone_on_from_only_where_a_checksum_judges_and_a_wrong_one_is_
 
 
 def test_a_goal_that_cannot_be_written_is_one_sentence(server, tmp_path, monkeypatch):
-    for path in (put(tmp_path / "f", b"") / "file", "a\0b"):
+    for path in (put(tmp_path / "f", b"") / "file", tmp_path / "a\0b"):
         refused(checkpoint.download, server.url + "good", path)
     monkeypatch.setattr(os, "fsync", no_space)
     assert "No space left" in refused(checkpoint.download, server.url + "good", tmp_path / "g", DIGEST)
