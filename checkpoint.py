@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import requests
 import torch
@@ -32,8 +32,7 @@ try:
 except ImportError:     # Windows, where nothing is locked
     fcntl = None
 
-MAX_HEADER = 16 << 20   # bytes of a JSON file, header or index; RoBERTa's vocab.json has 0.9 MB
-MAX_BYTES = 4 << 30     # bytes of a download whose size nobody announces, or of an archive's members
+MAX_BYTES = 4 << 30     # of a download whose size nobody announces, or of an archive's members
 
 
 class InputError(ValueError):
@@ -78,11 +77,10 @@ def cache_dir():
 
 def map_file(path):
     """A file as a buffer that takes no memory until it is read; changing it does not change the file."""
-    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")     # open() would wait for ever at a FIFO
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""                                              # which mmap refuses
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    status = os.stat(path)
+    check(stat.S_ISREG(status.st_mode), "it is no file")    # open() would wait for ever at a FIFO
+    with open(path, "rb") as file:                          # and mmap refuses an empty file
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
 
 
 def sha256_file(path, published=None):
@@ -96,9 +94,7 @@ def sha256_file(path, published=None):
 def read_json(path, *needed):
     """The object in a JSON file, which has one of the keys `needed` -> dict"""
     with guard(path, "JSON file of its kind"):
-        data = map_file(path)
-        check(len(data) <= MAX_HEADER, f"more than {MAX_HEADER:,} bytes")
-        values = json.loads(bytes(data))
+        values = json.loads(bytes(map_file(path)))
         check(isinstance(values, dict), "no object")
         check(not needed or values.keys() & needed, f"no {' or '.join(needed)} in it")
         return values
@@ -187,7 +183,7 @@ def fetch(url, path, sha256, reader, token):
             reason, again = f"{type(error).__name__}: is there a network, and is the address right?", True
             if error.response is not None:
                 status, later = error.response.status_code, error.response.headers.get("Retry-After", "")
-                reason, again = f"the server answered {status}", status in (416, 429) or status >= 500
+                reason, again = f"the server answered {status}", status == 429 or status >= 500
         if pause is None or not again:
             raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
                              f"try again, or put it at {path}")
@@ -204,15 +200,14 @@ def request(url, part, start, sha256, token):
     if token:
         headers["Authorization"] = f"Bearer {token}"    # requests drops it on the way to another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:                   # the part is no shorter than the file
-            part.unlink()
-        answer.raise_for_status()
         for hop in answer.history:      # to the hub's storage, with the SHA-256 of what is there
             linked = hop.headers.get("X-Linked-ETag", "").strip('"')
             if sha256 is None and re.fullmatch("[0-9a-f]{64}", linked):
                 sha256 = linked
-        if start and sha256 is None:    # only a checksum may judge the bytes of two answers
+        # Only a checksum may judge the bytes of two answers; 416: the part is no shorter than the file.
+        if start and (sha256 is None or answer.status_code == 416):
             return request(url, part, 0, sha256, token)
+        answer.raise_for_status()
         done, shown = start if answer.status_code == 206 else 0, 0
         size = done + int(answer.headers.get("Content-Length") or MAX_BYTES)
         with open(part, "ab" if done else "wb") as file:
@@ -250,7 +245,7 @@ def extract_tar(path, folder, wanted):
             for count, member in enumerate(archive, 1):
                 total += member.size
                 check(count <= 10000 and total <= MAX_BYTES, "more members or bytes than any model has")
-                if member.isfile() and re.fullmatch(wanted, PurePosixPath(member.name).name):
+                if member.isfile() and re.fullmatch(wanted, Path(member.name).name):
                     archive.extract(member, new, filter="data")
             archive.fileobj.seek(archive.offset)
             check(archive.fileobj.read(512) == bytes(512), "it breaks off")     # tarfile would not say so
@@ -295,7 +290,7 @@ def read_safetensors(path):
     with guard(path, "safetensors file"):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
-        check(10 <= start <= min(len(data), MAX_HEADER), "its header does not end")
+        check(10 <= start <= len(data), "its header does not end")
         header = json.loads(bytes(data[8:start]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -351,8 +346,7 @@ def read_torch(path):
 
 # ---- TensorFlow ----
 
-# Numbers of tensorflow/core/framework/types.proto
-TF_STRING = 7
+# Numbers of tensorflow/core/framework/types.proto; 7 is a string.
 TF_TYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 5: torch.int16, 6: torch.int8,
             9: torch.int64, 10: torch.bool, 14: torch.bfloat16, 19: torch.float16}
 
@@ -406,25 +400,23 @@ def read_tf_checkpoint(prefix):
     The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards;
     tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard, 4 offset, 5 size)."""
     prefix = str(prefix).removesuffix(".index")
-    path, entries, tensors, shards = f"{prefix}.index", {}, {}, {}
-    with guard(path, "index of a TensorFlow checkpoint, or its data"):
-        data = map_file(path)
-        check(data[-8:] == bytes.fromhex("57fb808b247547db"), "no table's last bytes")
-        footer = io.BytesIO(data[-48:])     # the places of the meta index, which is empty, and of the index
-        place = [varint(footer) for _ in range(4)][2:]
-        for _, handle in table_block(data, *place):
+    entries, tensors = {}, {}
+    with guard(f"{prefix}.index", "index of a TensorFlow checkpoint, or its data"):
+        index = map_file(f"{prefix}.index")
+        footer = io.BytesIO(index[-48:])    # the places of a block that is empty, and of the blocks' index
+        _, _, *place = [varint(footer) for _ in range(4)]
+        for _, handle in table_block(index, *place):
             handle = io.BytesIO(handle)
-            entries.update(table_block(data, varint(handle), varint(handle)))
-        shard_count = dict(fields(entries.pop(b"")))[1]
+            entries.update(table_block(index, varint(handle), varint(handle)))
+        shards = dict(fields(entries.pop(b"")))[1]
         for name, entry in entries.items():
             entry = collections.defaultdict(int, fields(entry))     # a field that is 0 is not written
-            kind, shard, begin = entry[1], entry[3], entry[4]
-            if kind != TF_STRING:
-                if shard not in shards:
-                    shards[shard] = map_file(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
+            if entry[1] != 7:
+                data = map_file(f"{prefix}.data-{entry[3]:05d}-of-{shards:05d}")
                 sizes = fields(entry[2] or b"")
                 shape = [dict(fields(size)).get(1, 0) for number, size in sizes if number == 2]
-                tensors[name.decode()] = view(shards[shard], begin, begin + entry[5], TF_TYPES[kind], shape)
+                end = entry[4] + entry[5]
+                tensors[name.decode()] = view(data, entry[4], end, TF_TYPES[entry[1]], shape)
     return tensors
 
 
@@ -634,8 +626,8 @@ def check_sizes(config):
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     groups, inner = getattr(config, "num_hidden_groups", 1), getattr(config, "inner_group_num", 1)
     last = min(config.vocab_size, config.max_position_embeddings - 1)
-    check(max(layers, groups * inner) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
-    check(groups <= layers, "num_hidden_groups is over num_hidden_layers")
+    good = groups <= layers and max(layers, groups * inner) <= 1000
+    check(good, "num_hidden_groups is over num_hidden_layers, or there are over 1,000 layers")
     check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
     check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 
