@@ -592,12 +592,12 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
                 check(hub_name in found, f"no tensor {hub_name}")
                 name = found.pop(hub_name)
                 part = tensors[name]
+                whole = isinstance(part, torch.Tensor) and part.nbytes <= part.untyped_storage().nbytes()
+                check(whole, f"{name} is no tensor, or one that shows more numbers than the file has")
                 if google and name.endswith("/kernel"):     # (in, out)
                     part = part.t()
                 fits = part.shape == piece.shape and part.is_floating_point()   # float16 and others too
                 check(fits, f"{name} is {part.dtype} {[*part.shape]}, not of {[*piece.shape]}")
-                # One of strides 0 could show more elements than the file has.
-                check(part.nbytes <= part.untyped_storage().nbytes(), f"{name} is not whole")
                 check(part.isfinite().all(), f"NaN or infinity in {name}")
                 parts.append(part.float())
             weights[own] = torch.cat(parts)
