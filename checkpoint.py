@@ -194,11 +194,9 @@ def fetch(url, path, sha256, reader, token):
 
 def request(url, part, start, sha256, token):
     """One GET, whose body goes behind the `start` bytes of the file `part` -> the SHA-256 that judges it"""
-    headers = {"Accept-Encoding": "identity"}           # else lengths would count compressed bytes
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    if token:
-        headers["Authorization"] = f"Bearer {token}"    # requests drops it on the way to another host
+    headers = {"Accept-Encoding": "identity",           # else lengths would count compressed bytes
+               "Range": f"bytes={start}-" if start else None,
+               "Authorization": f"Bearer {token}" if token else None}   # not sent on to another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         for hop in answer.history:      # to the hub's storage, with the SHA-256 of what is there
             linked = hop.headers.get("X-Linked-ETag", "").strip('"')
@@ -437,7 +435,6 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "roberta-base": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
     "bert-base-uncased": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
     "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
-CONFIG_KEYS = ("model_type", "hidden_size")     # a config.json has one of these, a server's error has none
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
 WEIGHTS += tuple(f"*/{form}" for form in WEIGHTS)               # for Google's archives hold one folder
 READERS = {".safetensors": read_safetensors, ".json": read_shards, ".index": read_tf_checkpoint,
@@ -455,9 +452,8 @@ def find_model(name_or_path):
     OWNER/NAME), fetched to the cache if need be, or minilm, from its Python package."""
     path, name = Path(name_or_path), None
     if path.name.endswith((".tar", ".tar.gz", ".tgz")) and os.path.isfile(path):
-        # The hash tells it from another archive of that name.
-        folder = cache_dir() / f"{path.name.partition('.')[0]}-{sha256_file(path)[:12]}"
-        path = extract_tar(path, folder, MEMBERS)
+        folder = f"{path.name.partition('.')[0]}-{sha256_file(path)[:12]}"  # not another's of that name
+        path = extract_tar(path, cache_dir() / folder, MEMBERS)
     elif os.path.isfile(f"{path}.index"):
         path = Path(f"{path}.index")
     elif not os.path.exists(path):
@@ -509,7 +505,7 @@ def published_folder(path):
     def get(file, sha256=None, reader=None):
         download(address + file, folder / file, sha256, reader, token)
 
-    get("config.json", reader=lambda part: read_json(part, *CONFIG_KEYS))
+    get("config.json", reader=lambda part: read_json(part, "model_type", "hidden_size"))
     for file, sha256 in tokenizer.items():
         get(file, sha256)
     if not (folder / "pytorch_model.bin").is_file():    # which is fetched where the hub has no safetensors
@@ -554,12 +550,12 @@ def hub_names(tensors, source):
         for pattern, replacement in SPELLINGS:
             plain = re.sub(pattern, replacement, plain)
         if not plain.startswith(ENCODER) or re.fullmatch(LEFT_OUT, plain):
-            left_out.append(shorten(name))
+            left_out.append(name)
         elif found.setdefault(plain, name) != name:
             raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
-        some = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
-        print(f"{source}: left out, for not the encoder's: {some} ({len(left_out)} in all)", file=sys.stderr)
+        names = shorten(", ".join(left_out))
+        print(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)", file=sys.stderr)
     return found
 
 
@@ -571,7 +567,7 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
     Shapes are compared on the meta device, where what only a config claims takes no memory."""
     files = find_model(name_or_path)
     source, tensors = files.weights, read_weights(files.weights)
-    config = encoder_class.config_class.from_json(read_json(files.config, *CONFIG_KEYS), files.config)
+    config = encoder_class.config_class.from_json(read_json(files.config), files.config)
     with guard(files.config, f"config of {files.name}"):
         published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")
