@@ -249,6 +249,7 @@ def extract_tar(path, folder, wanted):
             check(archive.fileobj.read(512) == bytes(512), "it breaks off")     # tarfile would not say so
             while archive.fileobj.read(1 << 20):    # to the end, where gzip's checksum stands
                 pass
+            check(new.is_dir(), "no file of a model in it")
     return folder
 
 
@@ -270,14 +271,14 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 def view(buffer, begin, end, dtype, shape):
     """Bytes begin .. end of a buffer as a tensor, copied only if it would not be aligned; or ValueError."""
-    good = len(shape) <= 16 and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-    fits = good and end <= len(buffer) and math.prod(shape) * dtype.itemsize == end - begin
-    check(fits, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
-    if begin == end:
+    count = math.prod(shape)
+    good = len(shape) <= 16 and 0 <= begin <= end <= len(buffer) and count * dtype.itemsize == end - begin
+    check(good, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
+    if count == 0:
         return torch.empty(shape, dtype=dtype)
     if begin % dtype.itemsize:
         buffer, begin = bytearray(buffer[begin:end]), 0
-    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).reshape(shape)
 
 
 def read_safetensors(path):

@@ -2797,7 +2797,7 @@ BAD = {
     "a.bin": [zip_of([("a/data.pkl", b"")]), saved({"w": torch.ones(16, dtype=torch.uint8)}, False).replace(
         b"K\x10", b"J\0\0\0\x70")],
     "a.tar": [b"", b"x" * 2000, *[tar_of(entries) for entries in (
-        [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
+        [], [("a/../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
         [("b", b"1")] + [(str(i), FOLDER) for i in range(10000)], [("b", LONG_NAME)],
         [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
     "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")])]}
