@@ -520,7 +520,8 @@ def published_folder(path):
 
 
 def read_weights(path):
-    """The file that find_model calls weights -> dict name -> tensor, with the file's names"""
+    """The file that find_model calls weights -> dict name -> tensor, with the file's names; of torch.save's
+    files, whatever they hold, for load_pretrained to judge."""
     reader = READERS.get(Path(path).suffix)
     if reader is None:
         raise InputError(f"{path}: expected weights in {', '.join(READERS)}, found another file")
@@ -572,8 +573,7 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
     with guard(files.config, f"config of {files.name}"):
         published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")
-    google = source.suffix == ".index"
-    if google:      # whose "gelu" is the tanh form
+    if source.suffix == ".index":       # Google's "gelu" is the tanh form
         config = dataclasses.replace(config, hidden_act="gelu_new")
     with torch.device("meta"):
         empty = encoder_class(config).state_dict()
@@ -591,7 +591,7 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
                 part = tensors[name]
                 whole = isinstance(part, torch.Tensor) and part.nbytes <= part.untyped_storage().nbytes()
                 check(whole, f"{name} is no tensor, or one that shows more numbers than the file has")
-                if google and name.endswith("/kernel"):     # (in, out)
+                if name.endswith("/kernel"):    # Google's, (in, out)
                     part = part.t()
                 fits = part.shape == piece.shape and part.is_floating_point()   # float16 and others too
                 check(fits, f"{name} is {part.dtype} {[*part.shape]}, not of {[*piece.shape]}")
