@@ -396,8 +396,9 @@ def read_tf_checkpoint(prefix):
     """TensorFlow's checkpoint, PREFIX.index and PREFIX.data-00000-of-00001, ... -> dict name -> tensor, on
     memory maps; kernels are (in, out). Strings are left out. PREFIX.index will do as the prefix.
 
-    The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards;
-    tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard, 4 offset, 5 size)."""
+    The index is a LevelDB table (leveldb/doc/table_format.md). It maps "" to a BundleHeaderProto (1 shards,
+    2 endianness; tensor_bundle.proto) and each name to a BundleEntryProto (1 dtype, 2 shape, 3 shard,
+    4 offset, 5 size)."""
     prefix = str(prefix).removesuffix(".index")
     entries, tensors = {}, {}
     with guard(f"{prefix}.index", "index of a TensorFlow checkpoint, or its data"):
@@ -407,11 +408,12 @@ def read_tf_checkpoint(prefix):
         for _, handle in table_block(index, *place):
             handle = io.BytesIO(handle)
             entries.update(table_block(index, varint(handle), varint(handle)))
-        shards = dict(fields(entries.pop(b"")))[1]
+        header = collections.defaultdict(int, fields(entries.pop(b"")))
+        check(header[2] == 0, "numbers in big-endian order")
         for name, entry in entries.items():
             entry = collections.defaultdict(int, fields(entry))     # a field that is 0 is not written
             if entry[1] != 7:
-                data = map_file(f"{prefix}.data-{entry[3]:05d}-of-{shards:05d}")
+                data = map_file(f"{prefix}.data-{entry[3]:05d}-of-{header[1]:05d}")
                 sizes = fields(entry[2] or b"")
                 shape = [dict(fields(size)).get(1, 0) for number, size in sizes if number == 2]
                 end = entry[4] + entry[5]
