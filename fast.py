@@ -51,24 +51,25 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
     encoder, device = model.encoder, answers.device
     ids, mask, segments = pad(inputs, encoder, device)
     lengths = [padded(len(tokens), encoder, device) for tokens, _ in inputs]
-    h = answers.new_zeros(*ids.shape, encoder.hidden_size)             # (B,T,H), written over below
-    previous = torch.zeros_like(h[:, 0])                               # (B,H) pooled h_{i-1}
+    h = answers.new_zeros(*ids.shape, encoder.hidden_size)      # (B,T,H), written over below
+    previous = torch.zeros_like(h[:, 0])                        # (B,H) pooled h_{i-1}
     for c, T in chunks(lengths, batch_size, device):
         h[c, :T] = encoder.embed(ids[c, :T], segments[c, :T])
     for i in range(1, model.num_layers + 1):
-        last, tokens = i == model.num_layers, h.shape[0] * h.shape[1]
-        may_stop = device.type == "cpu" and tokens >= FIRST_TOKENS and i >= getattr(rule, "earliest", 1)
-        decide_first = hasattr(encoder, "first") and (last or may_stop)
+        last, may_stop = i == model.num_layers, i >= getattr(rule, "earliest", 1)
+        pays = may_stop and device.type == "cpu" and mask.numel() >= FIRST_TOKENS
+        decide_first = hasattr(encoder, "first") and (last or pays)
         if decide_first:
-            cls = encoder.first(i, h, mask)                            # (B,1,H)
+            cls = encoder.first(i, h, mask)                     # (B,1,H)
         else:
             for c, T in chunks(lengths, batch_size, device):
                 h[c, :T] = encoder.layer(i, h[c, :T], mask[c, :T])
             cls = h[:, :1]
         pooled, depth = encoder.pool(cls), torch.full_like(rows, i)
-        logits, lam = model.heads(depth, pooled, previous)             # (B,C), (B,)
+        logits, lam = model.heads(depth, pooled, previous)      # (B,C), (B,)
         state, done = rule.step(state, depth, lam, logits)
-        stopped = [True] * len(rows) if last else done.tolist()        # the host waits for the device here
+        # The host waits for the device here, and nowhere else.
+        stopped = [True] * len(rows) if last else done.tolist()
         stop = [b for b, it in enumerate(stopped) if it]
         go = [b for b, it in enumerate(stopped) if not it]
         if stop:
@@ -82,7 +83,7 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
             for c, T in chunks(lengths, batch_size, device):
                 source = keep[c] if stop else c     # it ascends, so no row is read after it was overwritten
                 h[c, :T] = encoder.finish(i, h[source, :T], mask[c, :T], cls[source])
-            keep = slice(len(go))                                      # the finished rows have moved up
+            keep = slice(len(go))                               # the finished rows have moved up
         h, mask = h[keep, :lengths[0]], mask[:, :lengths[0]]
 
 
@@ -103,10 +104,10 @@ class Places:
         self.rows = torch.cat([rows, torch.full_like(rows[:1], self.N)])    # (N+1,)
         self.state = [torch.cat([s, s[:1]]) for s in state]
         # The places: where their rows stand in the queue, the layers they have reached, and the outputs.
-        self.at = torch.arange(size, device=device)                         # (n,)
-        self.depth = torch.zeros_like(self.at)                              # (n,)
+        self.at = torch.arange(size, device=device)             # (n,)
+        self.depth = torch.zeros_like(self.at)                  # (n,)
         self.h = answers.new_zeros(size, self.widths[0], encoder.hidden_size)
-        self.pooled = torch.zeros_like(self.h[:, 0])                        # (n,H)
+        self.pooled = torch.zeros_like(self.h[:, 0])            # (n,H)
         self.uses, self.graphs = collections.Counter(), {}
 
     def run(self):
@@ -119,7 +120,7 @@ class Places:
     def launch(self, T):
         """Starts one step."""
         self.uses[T] += 1
-        if self.at.device.type != "cuda" or self.uses[T] < 4:       # recording takes as long as some steps
+        if self.at.device.type != "cuda" or self.uses[T] < 4:   # recording takes as long as some steps
             return self.step(T)
         if T not in self.graphs:
             self.graphs[T] = record(lambda: self.step(T))
@@ -127,14 +128,14 @@ class Places:
 
     def step(self, T):
         """All rows go one layer on; those that stop are answered and give their places to the next."""
-        encoder, at, i = self.model.encoder, self.at, self.depth + 1        # (n,)
-        ids, mask, segments = (x[at, :T] for x in self.batch)               # (n,T)
-        new = self.depth == 0                                               # (n,)
+        encoder, at, i = self.model.encoder, self.at, self.depth + 1
+        new = self.depth == 0                                   # (n,) as at and i
+        ids, mask, segments = (x[at, :T] for x in self.batch)   # (n,T)
         h = torch.where(new[:, None, None], encoder.embed(ids, segments), self.h[:, :T])
-        h = encoder.layer(1, h, mask)                                       # (n,T,H) all layers are this one
-        pooled = encoder.pool(h)                                            # (n,H)
+        h = encoder.layer(1, h, mask)                           # (n,T,H) all layers are this one
+        pooled = encoder.pool(h)                                # (n,H)
         previous = torch.where(new[:, None], 0, self.pooled)
-        logits, lam = self.model.heads(i, pooled, previous)                 # (n,C), (n,)
+        logits, lam = self.model.heads(i, pooled, previous)     # (n,C), (n,)
         state, done = self.rule.step(tuple(s[at] for s in self.state), i, lam, logits)
         stop = done | (i == self.model.num_layers)
         target = torch.where(stop, self.rows[at], self.N)
@@ -145,7 +146,7 @@ class Places:
         self.h[:, :T] = h
         self.pooled.copy_(pooled)
         self.depth.copy_(torch.where(stop, 0, i))
-        following = at.max() + stop.cumsum(0)                               # (n,) a row for each free place
+        following = at.max() + stop.cumsum(0)                   # (n,) a row for each free place
         at.copy_(torch.where(stop, following.clamp(max=self.N), at))
 
 
