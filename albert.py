@@ -61,12 +61,9 @@ GROWN = {
 SIZES = {f"albert-{size}-{version}": AlbertConfig(hidden_act=act, **changes)
          for version, act in (("v1", "gelu"), ("v2", "gelu_new")) for size, changes in GROWN.items()}
 # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
-SIZES |= {
-    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4,
-                         intermediate_size=256, initializer_range=0.05),
-    "mini": AlbertConfig(vocab_size=8000, hidden_size=128, num_attention_heads=4, intermediate_size=512,
-                         initializer_range=0.05),
-}
+OWN = dict(num_attention_heads=4, initializer_range=0.05)
+SIZES["tiny"] = AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, intermediate_size=256, **OWN)
+SIZES["mini"] = AlbertConfig(vocab_size=8000, hidden_size=128, intermediate_size=512, **OWN)
 
 
 class Block(nn.Module):
@@ -85,11 +82,11 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
 
     def forward(self, h, mask):
-        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)      # (B,T,H)
+        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)  # (B,T,H)
 
     def attend(self, qkv, mask=None):
         """Attention to tokens where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (B,heads,T,d) each
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,heads,T,d) each
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def first(self, h, mask):
@@ -101,12 +98,12 @@ class Block(nn.Module):
         """
         B, _, H = h.shape
         d = H // self.heads
-        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)                   # (heads,d,H) each
+        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)               # (heads,d,H) each
         b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, d)
-        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                     # (heads,B,d)
-        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5             # (B,heads,T)
+        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                 # (heads,B,d)
+        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5         # (B,heads,T)
         a = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                     # (heads,B,d)
+        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                 # (heads,B,d)
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def rest(self, h, mask, cls):
@@ -118,13 +115,13 @@ class Block(nn.Module):
         if h.device.type != "cpu" or mask.all():
             a = self.attend(self.qkv(h), mask[:, None, None, :])
             return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
-        real = mask.flatten().nonzero()[:, 0]                                       # (n,)
-        x = h.flatten(0, 1).index_select(0, real)                                   # (n,H)
+        real = mask.flatten().nonzero()[:, 0]                                   # (n,)
+        x = h.flatten(0, 1).index_select(0, real)                               # (n,H)
         runs = [(T, len(list(same))) for T, same in itertools.groupby(mask.sum(1).tolist())]
-        parts = self.qkv(x).split([n * T for T, n in runs])                         # (n T,3H) each
+        parts = self.qkv(x).split([n * T for T, n in runs])                     # (n T,3H) each
         parts = [part.unflatten(0, (n, T)) for part, (T, n) in zip(parts, runs)]
-        a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])          # (n,H)
-        todo = (real % mask.shape[1]).nonzero()[:, 0]                       # (m,) all but the first tokens
+        a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])      # (n,H)
+        todo = (real % mask.shape[1]).nonzero()[:, 0]                           # (m,) all but the first tokens
         x = self.after(a.index_select(0, todo), x.index_select(0, todo))
         out = x.new_zeros(h.shape)
         out.flatten(0, 1).index_copy_(0, real[todo], x)
@@ -133,10 +130,10 @@ class Block(nn.Module):
 
     def after(self, a, h):
         """What follows the attention a (...,H) of tokens h (...,H): projection, feed-forward net, norms"""
-        h = self.attn_norm(h + self.attn_out(a))                                    # (...,H)
+        h = self.attn_norm(h + self.attn_out(a))                                # (...,H)
         # PyTorch computes GELU in float32 also for bf16, so the tanh form cannot overflow under autocast.
-        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                    # (...,F)
-        return self.ffn_norm(h + self.ffn_out(f))                                   # (...,H)
+        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                # (...,F)
+        return self.ffn_norm(h + self.ffn_out(f))                               # (...,H)
 
 
 class Albert(nn.Module):
@@ -175,14 +172,14 @@ class Albert(nn.Module):
         return self.groups[(i - 1) * len(self.groups) // self.num_layers]
 
     def position_embeddings(self, ids):
-        return self.positions.weight[:ids.shape[1]]                                 # (T,E)
+        return self.positions.weight[:ids.shape[1]]                             # (T,E)
 
     def embed(self, ids, segments):
         """ids, segments (B,T) int64 -> h_0 (B,T,H); ValueError for more tokens than positions"""
         if ids.shape[1] > self.max_length:
             raise ValueError(f"{ids.shape[1]} tokens, but this encoder has {self.max_length} positions")
         e = self.words(ids) + self.types(segments) + self.position_embeddings(ids)  # (B,T,E)
-        return self.project(self.norm(e))                                           # (B,T,H)
+        return self.project(self.norm(e))                                       # (B,T,H)
 
     def last_block(self, i, h, mask):
         """The last block of layer i and its input (B,T,H); a layer of a published ALBERT is one block"""
