@@ -1,4 +1,4 @@
-"""The Transformer block of every encoder here, and ALBERT (Lan et al. 2020), one such layer applied L times.
+"""The Transformer block of every encoder, and ALBERT (Lan et al. 2020), which applies one block L times.
 
 Letters as in ponder.py, and E for the size of ALBERT's embedding.
 """
@@ -14,22 +14,18 @@ from checkpoint import check_sizes, load_pretrained, make_config
 
 
 @dataclass(frozen=True)
-class AlbertConfig:
-    """Sizes of an ALBERT, named as in config.json; the defaults are albert-base-v2's.
+class EncoderConfig:
+    """The sizes that every encoder has, named as in config.json
 
     Dropout rates are left out on purpose: dropout stands before the heads only, whatever a config.json says.
     """
 
-    model_type = "albert"
-    vocab_size: int = 30000
-    embedding_size: int = 128
+    vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
-    num_hidden_groups: int = 1            # layers with weights of their own; 1 shares one set among all
-    inner_group_num: int = 1              # Transformer blocks inside one layer
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu_new"          # "gelu_new" is the tanh form, "gelu" the exact one with erf
+    hidden_act: str = "gelu"              # the exact form with erf; "gelu_new" is the tanh form
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
@@ -44,6 +40,18 @@ class AlbertConfig:
                "add_cross_attention": False}
 
 
+@dataclass(frozen=True)
+class AlbertConfig(EncoderConfig):
+    """Sizes of an ALBERT; the defaults are albert-base-v2's."""
+
+    model_type = "albert"
+    vocab_size: int = 30000
+    hidden_act: str = "gelu_new"
+    embedding_size: int = 128
+    num_hidden_groups: int = 1            # layers with weights of their own; 1 shares one set among all
+    inner_group_num: int = 1              # Transformer blocks inside one layer
+
+
 GROWN = {
     "base": {},
     "large": dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24),
@@ -53,12 +61,9 @@ GROWN = {
 SIZES = {f"albert-{size}-{version}": AlbertConfig(hidden_act=act, **changes)
          for version, act in (("v1", "gelu"), ("v2", "gelu_new")) for size, changes in GROWN.items()}
 # This project's own, trained from scratch; the vocabulary is the tokenizer's, trained on the task's text.
-SIZES |= {
-    "tiny": AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, num_attention_heads=4,
-                         intermediate_size=256, initializer_range=0.05),
-    "mini": AlbertConfig(vocab_size=8000, embedding_size=128, hidden_size=128, num_attention_heads=4,
-                         intermediate_size=512, initializer_range=0.05),
-}
+OWN = dict(num_attention_heads=4, initializer_range=0.05)
+SIZES["tiny"] = AlbertConfig(vocab_size=1000, embedding_size=64, hidden_size=64, intermediate_size=256, **OWN)
+SIZES["mini"] = AlbertConfig(vocab_size=8000, hidden_size=128, intermediate_size=512, **OWN)
 
 
 class Block(nn.Module):
@@ -77,46 +82,46 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(H, config.layer_norm_eps)
 
     def forward(self, h, mask):
-        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)              # (B,T,H)
+        return self.after(self.attend(self.qkv(h), mask[:, None, None, :]), h)  # (B,T,H)
 
     def attend(self, qkv, mask=None):
         """Attention to tokens where the mask is True, or to all: qkv (B,T,3H), mask (B,1,1,T) -> (B,T,H)"""
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # (B,heads,T,d) each
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,heads,T,d) each
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def first(self, h, mask):
-        """The output for the first token alone (B,1,H), at the price of little more than its own row
+        """The output for the first token alone (B,1,H)
 
         For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t), so
-        the keys and values of the other tokens need not be computed. The keys' bias adds the same to every
-        score, and softmax drops it.
+        the keys and values of the other tokens are not computed. The keys' bias adds the same number to all
+        scores, which softmax ignores.
         """
         B, _, H = h.shape
         d = H // self.heads
-        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)                           # (heads,d,H) each
+        w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)               # (heads,d,H) each
         b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, d)
-        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                             # (heads,B,d)
-        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5                     # (B,heads,T)
+        q = h[:, 0] @ w_q.transpose(1, 2) + b_q                                 # (heads,B,d)
+        scores = (q @ w_k).transpose(0, 1) @ h.transpose(1, 2) / d**0.5         # (B,heads,T)
         a = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                             # (heads,B,d)
+        a = (a @ h).transpose(0, 1) @ w_v.transpose(1, 2) + b_v                 # (heads,B,d)
         return self.after(a.transpose(0, 1).reshape(B, 1, H), h[:, :1])
 
     def rest(self, h, mask, cls):
         """The output (B,T,H), given that of the first token, cls (B,1,H)
 
-        On a CPU nothing is computed for padding, whose output is 0: the real tokens are packed, and
-        neighbouring rows that have as many attend together.
+        On a CPU nothing is computed for padding, whose output is 0: the real tokens are packed into one
+        array, and neighbouring rows with equally many tokens attend together.
         """
         if h.device.type != "cpu" or mask.all():
             a = self.attend(self.qkv(h), mask[:, None, None, :])
             return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
-        real = mask.flatten().nonzero()[:, 0]                                               # (n,)
-        x = h.flatten(0, 1).index_select(0, real)                                           # (n,H)
+        real = mask.flatten().nonzero()[:, 0]                                   # (n,)
+        x = h.flatten(0, 1).index_select(0, real)                               # (n,H)
         runs = [(T, len(list(same))) for T, same in itertools.groupby(mask.sum(1).tolist())]
-        parts = self.qkv(x).split([n * T for T, n in runs])                                 # (n T,3H) each
+        parts = self.qkv(x).split([n * T for T, n in runs])                     # (n T,3H) each
         parts = [part.unflatten(0, (n, T)) for part, (T, n) in zip(parts, runs)]
-        a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])                  # (n,H)
-        todo = (real % mask.shape[1]).nonzero()[:, 0]
+        a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])      # (n,H)
+        todo = (real % mask.shape[1]).nonzero()[:, 0]                           # (m,) all but the first tokens
         x = self.after(a.index_select(0, todo), x.index_select(0, todo))
         out = x.new_zeros(h.shape)
         out.flatten(0, 1).index_copy_(0, real[todo], x)
@@ -125,19 +130,10 @@ class Block(nn.Module):
 
     def after(self, a, h):
         """What follows the attention a (...,H) of tokens h (...,H): projection, feed-forward net, norms"""
-        h = self.attn_norm(h + self.attn_out(a))                                            # (...,H)
+        h = self.attn_norm(h + self.attn_out(a))                                # (...,H)
         # PyTorch computes GELU in float32 also for bf16, so the tanh form cannot overflow under autocast.
-        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                            # (...,F)
-        return self.ffn_norm(h + self.ffn_out(f))                                           # (...,H)
-
-
-def start_weights(model, std):
-    """Weights and embeddings from N(0, std), biases 0"""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        f = F.gelu(self.ffn_in(h), approximate=self.approximate)                # (...,F)
+        return self.ffn_norm(h + self.ffn_out(f))                               # (...,H)
 
 
 class Albert(nn.Module):
@@ -151,49 +147,61 @@ class Albert(nn.Module):
         self.config = config
         self.num_layers, self.hidden_size = config.num_hidden_layers, H
         self.max_length, self.pad_id = config.max_position_embeddings, config.pad_token_id
-        self.shared = config.num_hidden_groups == 1
         self.words = nn.Embedding(config.vocab_size, E)
         self.positions = nn.Embedding(config.max_position_embeddings, E)
         self.types = nn.Embedding(config.type_vocab_size, E)
         self.norm = nn.LayerNorm(E, config.layer_norm_eps)
-        self.project = nn.Linear(E, H)
+        self.add_layers(config)
+        self.pooler = nn.Linear(H, H)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def add_layers(self, config):
+        self.shared = config.num_hidden_groups == 1
+        self.project = nn.Linear(config.embedding_size, config.hidden_size)
         self.groups = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.inner_group_num))
                                     for _ in range(config.num_hidden_groups))
-        self.pooler = nn.Linear(H, H)
-        start_weights(self, config.initializer_range)
 
-    def blocks(self, i):
+    def layer_blocks(self, i):
+        """The blocks of layer i; the layers are dealt out to the groups evenly and in order."""
         if self.shared:
-            return self.groups[0]
-        return self.groups[(i - 1) * self.config.num_hidden_groups // self.config.num_hidden_layers]
+            return self.groups[0]               # for any i, because Ponder may run more layers than L
+        return self.groups[(i - 1) * len(self.groups) // self.num_layers]
+
+    def position_embeddings(self, ids):
+        return self.positions.weight[:ids.shape[1]]                             # (T,E)
 
     def embed(self, ids, segments):
         """ids, segments (B,T) int64 -> h_0 (B,T,H); ValueError for more tokens than positions"""
-        T = ids.shape[1]
-        if T > self.max_length:
-            raise ValueError(f"{T} tokens, but this encoder has {self.max_length} positions")
-        e = self.words(ids) + self.types(segments) + self.positions.weight[:T]              # (B,T,E)
-        return self.project(self.norm(e))                                                   # (B,T,H)
+        if ids.shape[1] > self.max_length:
+            raise ValueError(f"{ids.shape[1]} tokens, but this encoder has {self.max_length} positions")
+        e = self.words(ids) + self.types(segments) + self.position_embeddings(ids)  # (B,T,E)
+        return self.project(self.norm(e))                                       # (B,T,H)
+
+    def last_block(self, i, h, mask):
+        """The last block of layer i and its input (B,T,H); a layer of a published ALBERT is one block"""
+        *others, last = self.layer_blocks(i)
+        for block in others:
+            h = block(h, mask)
+        return last, h
 
     def layer(self, i, h, mask):
         """h_{i-1} (B,T,H), mask (B,T) bool, True = a real token -> h_i (B,T,H), for 1 <= i <= L"""
-        for block in self.blocks(i):
-            h = block(h, mask)
-        return h
-
-    def before_last(self, i, h, mask):
-        """The blocks of layer i but the last; in published ALBERTs a layer is one block"""
-        for block in self.blocks(i)[:-1]:
-            h = block(h, mask)
-        return h
+        block, h = self.last_block(i, h, mask)
+        return block(h, mask)
 
     def first(self, i, h, mask):
-        """h_i of the first token alone (B,1,H), at the price of little more than one row"""
-        return self.blocks(i)[-1].first(self.before_last(i, h, mask), mask)
+        """h_i of the first token alone (B,1,H), for little more than the work of that token"""
+        block, h = self.last_block(i, h, mask)
+        return block.first(h, mask)
 
     def finish(self, i, h, mask, cls):
         """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from all"""
-        return self.blocks(i)[-1].rest(self.before_last(i, h, mask), mask, cls)
+        block, h = self.last_block(i, h, mask)
+        return block.rest(h, mask, cls)
 
     def pool(self, h):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""
@@ -208,24 +216,24 @@ class Albert(nn.Module):
 # ---- the names of weights, ours against the hub's ----
 
 def hub_table(modules, blocks, parts):
-    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V.
+    """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V
 
-    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there."""
-    modules = {ours: [hub] for ours, hub in modules.items()}
+    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there.
+    """
+    embeddings = {"words": "word", "positions": "position", "types": "token_type"}
+    table = {f"{ours}.weight": [f"embeddings.{hub}_embeddings.weight"] for ours, hub in embeddings.items()}
+    pairs = [("norm", ["embeddings.LayerNorm"]), *((ours, [hub]) for ours, hub in modules.items())]
     for ours, hub in blocks.items():
-        modules |= {f"{ours}.{part}": [f"{hub}.{name}" for name in names.split()]
-                    for part, names in parts.items()}
-    table = {f"{ours}.weight": [f"embeddings.{hub}_embeddings.weight"]
-             for ours, hub in (("words", "word"), ("positions", "position"), ("types", "token_type"))}
-    return table | {f"{ours}.{kind}": [f"{hub}.{kind}" for hub in names]
-                    for ours, names in modules.items() for kind in ("weight", "bias")}
+        pairs += [(f"{ours}.{part}", [f"{hub}.{name}" for name in names.split()])
+                  for part, names in parts.items()]
+    return table | {f"{ours}.{kind}": [f"{name}.{kind}" for name in names]
+                    for ours, names in pairs for kind in ("weight", "bias")}
 
 
 def name_table(config):
-    """The weights of an ALBERT, as hub_table gives them"""
+    """The names of an ALBERT's weights; see hub_table"""
     return hub_table(
-        {"norm": "embeddings.LayerNorm", "pooler": "pooler",
-         "project": "encoder.embedding_hidden_mapping_in"},
+        {"project": "encoder.embedding_hidden_mapping_in", "pooler": "pooler"},
         {f"groups.{g}.{b}": f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
          for g in range(config.num_hidden_groups) for b in range(config.inner_group_num)},
         {"qkv": "attention.query attention.key attention.value", "attn_out": "attention.dense",

@@ -2,8 +2,7 @@
 
 `descend` takes a pool of rows, longest first, down the layers together. Rows that stop are dropped, and where
 it pays a layer is decided from its first token, before its other tokens are computed. `Places` keeps a batch
-full instead, with every row at a layer of its own; it needs shared layers, and on CUDA a graph replays its
-step.
+full instead, with every row at a layer of its own, which must be one layer for all.
 """
 
 import collections
@@ -25,51 +24,52 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
     layers and STREAM_ROWS inputs or more. ValueError for depthwise=True without shared layers.
     """
-    encoder, parameter = model.encoder, next(model.parameters())
+    N, shared, parameter = len(inputs), model.encoder.shared, next(model.parameters())
+    device = parameter.device
     if depthwise is None:
-        depthwise = encoder.shared and parameter.device.type == "cuda" and len(inputs) >= STREAM_ROWS
-    if depthwise and not encoder.shared:
+        depthwise = shared and device.type == "cuda" and N >= STREAM_ROWS
+    if depthwise and not shared:
         raise ValueError("rows at different depths can share a batch only where layers share their weights")
-    N = len(inputs)
-    state = rule.start(N, model.num_layers, parameter.device)
-    answers = parameter.new_zeros(N + 1, model.num_labels)             # row N takes what empty places give
-    layers = torch.zeros(N + 1, dtype=torch.int64, device=parameter.device)
-    order = sorted(range(N), key=lambda row: -len(inputs[row][0]))
+    order = np.argsort([-len(ids) for ids, _ in inputs], kind="stable")     # longest first
+    inputs, rows = [inputs[row] for row in order], upload(order, device)
+    state = tuple(s[rows] for s in rule.start(N, model.num_layers, device))
+    answers = parameter.new_zeros(N + 1, model.num_labels)                  # row N takes what is no answer
+    layers = torch.zeros(N + 1, dtype=torch.int64, device=device)
+    start = 0
     if depthwise and N:
-        Places(model, inputs, order, rule, state, min(batch_size, N), answers, layers).run()
-        order = []
-    while order:
-        n = max(batch_size, POOL_TOKENS // max(1, len(inputs[order[0]][0])))
-        descend(model, inputs, order[:n], rule, state, batch_size, answers, layers)
-        order = order[n:]
+        Places(model, inputs, rows, rule, state, min(batch_size, N), answers, layers).run()
+        start = N
+    while start < N:
+        c = slice(start, start + max(batch_size, POOL_TOKENS // len(inputs[start][0])))
+        descend(model, inputs[c], rows[c], rule, tuple(s[c] for s in state), batch_size, answers, layers)
+        start = c.stop
     return answers[:N], layers[:N]
 
 
-def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
-    """One pool, a list of rows, longest first, goes down the layers together; fills answers and layers."""
+def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
+    """One pool goes down the layers together. Fills answers and layers at its rows (B,)."""
     encoder, device = model.encoder, answers.device
-    ids, mask, segments = pad([inputs[row] for row in pool], encoder, device)
-    lengths = [padded(len(inputs[row][0]), encoder, device) for row in pool]
-    rows = upload(pool, device)
-    state = tuple(s[rows] for s in state)
-    h = answers.new_zeros(*ids.shape, encoder.hidden_size)             # (B,T,H), written over below
-    previous = torch.zeros_like(h[:, 0])                               # (B,H) pooled h_{i-1}
+    ids, mask, segments = pad(inputs, encoder, device)
+    lengths = [padded(len(tokens), encoder, device) for tokens, _ in inputs]
+    h = answers.new_zeros(*ids.shape, encoder.hidden_size)      # (B,T,H), written over below
+    previous = torch.zeros_like(h[:, 0])                        # (B,H) pooled h_{i-1}
     for c, T in chunks(lengths, batch_size, device):
         h[c, :T] = encoder.embed(ids[c, :T], segments[c, :T])
     for i in range(1, model.num_layers + 1):
-        last, tokens = i == model.num_layers, h.shape[0] * h.shape[1]
-        may_stop = device.type == "cpu" and tokens >= FIRST_TOKENS and i >= getattr(rule, "earliest", 1)
-        decide_first = hasattr(encoder, "first") and (last or may_stop)
+        last, may_stop = i == model.num_layers, i >= getattr(rule, "earliest", 1)
+        pays = may_stop and device.type == "cpu" and mask.numel() >= FIRST_TOKENS
+        decide_first = hasattr(encoder, "first") and (last or pays)
         if decide_first:
-            cls = encoder.first(i, h, mask)                            # (B,1,H)
+            cls = encoder.first(i, h, mask)                     # (B,1,H)
         else:
             for c, T in chunks(lengths, batch_size, device):
                 h[c, :T] = encoder.layer(i, h[c, :T], mask[c, :T])
             cls = h[:, :1]
         pooled, depth = encoder.pool(cls), torch.full_like(rows, i)
-        logits, lam = model.heads(depth, pooled, previous)             # (B,C), (B,)
+        logits, lam = model.heads(depth, pooled, previous)      # (B,C), (B,)
         state, done = rule.step(state, depth, lam, logits)
-        stopped = done.tolist() if not last else [True] * len(rows)     # the host waits for the device here
+        # The host waits for the device here, and nowhere else.
+        stopped = [True] * len(rows) if last else done.tolist()
         stop = [b for b, it in enumerate(stopped) if it]
         go = [b for b, it in enumerate(stopped) if not it]
         if stop:
@@ -77,112 +77,77 @@ def descend(model, inputs, pool, rule, state, batch_size, answers, layers):
             answers[rows[ends]], layers[rows[ends]] = logits[ends], i
         if not go:
             return
-        previous = pooled
-        if stop:
-            keep, lengths = upload(go, device), [lengths[b] for b in go]
-            rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
+        keep, lengths = upload(go, device) if stop else slice(None), [lengths[b] for b in go]
+        rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
         if decide_first:
             for c, T in chunks(lengths, batch_size, device):
                 source = keep[c] if stop else c     # it ascends, so no row is read after it was overwritten
                 h[c, :T] = encoder.finish(i, h[source, :T], mask[c, :T], cls[source])
-            h = h[:len(go)]
-        elif stop:
-            h = h[keep]
-        h, mask = h[:, :lengths[0]], mask[:, :lengths[0]]
+            keep = slice(len(go))                               # the finished rows have moved up
+        h, mask = h[keep, :lengths[0]], mask[:, :lengths[0]]
 
 
 class Places:
-    """A batch that is kept full: each place holds a row at a layer of its own, and a row that stops frees it.
+    """A batch that is kept full: each place has a row at a layer of its own, and a row that stops frees it.
 
     A step is the same work for every place, so its shape depends on T alone, the longest row in steps of 16.
     On CUDA a shape that keeps coming is recorded as a graph, because its seventy kernels take the host longer
-    to start than the device to run. Rows arrive within the step, at most a quarter of the places.
+    to start than the device to run. Within the step the next rows of the queue take the free places.
     """
 
-    def __init__(self, model, inputs, order, rule, start, size, answers, layers):
-        self.model, self.inputs, self.queue, self.rule, self.start = model, inputs, iter(order), rule, start
-        self.answers, self.layers, self.device = answers, layers, answers.device
-        self.cuda, self.size, self.N = self.device.type == "cuda", size, len(inputs)
-        longest = max(len(ids) for ids, _ in inputs)
-        self.width = W = min(-(-longest // 16) * 16, getattr(model.encoder, "max_length", longest))
-        most = -(-size // 4) if self.cuda else size              # arrivals a step, embedded even if none come
-        self.ready = np.zeros((0, 3 + 2 * W), np.int32)            # place, row, length, ids, segments of each
-        self.host = torch.zeros(most, 3 + 2 * W, dtype=torch.int32, pin_memory=self.cuda)
-        self.sent = torch.empty_like(self.host, device=self.device)
-        self.taken = np.zeros(size, np.int64)                    # tokens of the row in a place, 0: it is free
-        nobody = layers.new_zeros(size + 1)            # the last place is for those that did not come
-        self.row, self.length, self.depth = nobody + self.N, nobody + 1, nobody.clone()
-        self.stop = nobody[:-1].bool()
-        self.h = answers.new_zeros(size + 1, W, model.encoder.hidden_size)
-        self.pooled, self.state = torch.zeros_like(self.h[:, 0]), tuple(s[nobody] for s in start)
+    def __init__(self, model, inputs, rows, rule, state, size, answers, layers):
+        encoder, device, self.N = model.encoder, answers.device, len(inputs)
+        self.model, self.rule, self.answers, self.layers = model, rule, answers, layers
+        # The queue, and at its end row N, a token that nobody asked for, which takes places left over.
+        self.widths = [padded(len(ids), encoder, device, 16) for ids, _ in inputs]
+        self.batch = pad([*inputs, ([0], [0])], encoder, device, self.widths[0])
+        self.rows = torch.cat([rows, torch.full_like(rows[:1], self.N)])    # (N+1,)
+        self.state = [torch.cat([s, s[:1]]) for s in state]
+        # The places: where their rows stand in the queue, the layers they have reached, and the outputs.
+        self.at = torch.arange(size, device=device)             # (n,)
+        self.depth = torch.zeros_like(self.at)                  # (n,)
+        self.h = answers.new_zeros(size, self.widths[0], encoder.hidden_size)
+        self.pooled = torch.zeros_like(self.h[:, 0])            # (n,H)
         self.uses, self.graphs = collections.Counter(), {}
 
     def run(self):
         """Answers every row."""
-        self.prepare()
-        while self.admit():
-            self.launch()
-            self.prepare()                                              # while the device computes
-            self.free()
+        first = 0
+        while first < self.N:
+            self.launch(self.widths[first])         # the longest row that has a place
+            first = min(self.at.tolist())           # nowhere else does the host wait for the device
 
-    def prepare(self):
-        """Packs the rows that come next."""
-        rows = list(itertools.islice(self.queue, len(self.host) - len(self.ready)))
-        if rows:
-            both, mask = table([self.inputs[row] for row in rows], self.width, 0)
-            packed = np.column_stack([np.zeros(len(rows)), rows, mask.sum(1), *both]).astype(np.int32)
-            self.ready = np.concatenate([self.ready, packed])
-
-    def admit(self):
-        """Rows that are ready take free places -> whether any place is taken"""
-        free = np.flatnonzero(self.taken == 0)[:len(self.ready)]
-        coming = len(free)
-        plan = self.host.numpy()
-        plan[:, :3] = self.size, self.N, 1
-        plan[:coming] = self.ready[:coming]
-        plan[:coming, 0], self.taken[free] = free, self.ready[:coming, 2]
-        self.ready = self.ready[coming:]
-        return self.taken.any()
-
-    def launch(self):
-        """Starts one step for all places that are taken."""
-        T = min(-(-int(self.taken.max()) // 16) * 16, self.width)
-        self.sent.copy_(self.host, non_blocking=True)
+    def launch(self, T):
+        """Starts one step."""
         self.uses[T] += 1
-        if not self.cuda or self.uses[T] < 4:                      # recording takes as long as some steps
+        if self.at.device.type != "cuda" or self.uses[T] < 4:   # recording takes as long as some steps
             return self.step(T)
         if T not in self.graphs:
             self.graphs[T] = record(lambda: self.step(T))
         self.graphs[T].replay()
 
-    def free(self):
-        """Frees the places whose rows have stopped; nowhere else does the host wait for the device."""
-        self.taken[self.stop.cpu().numpy()] = 0
-
     def step(self, T):
-        """Everything between two looks of the host: rows arrive, all go one layer on, some stop."""
-        encoder, W, L, n = self.model.encoder, self.width, self.model.num_layers, self.size
-        place, row, length = self.sent[:, :3].long().unbind(1)
-        h = encoder.embed(self.sent[:, 3:3 + T].long(), self.sent[:, 3 + W:3 + W + T].long())
-        first = [s[row.clamp(max=self.N - 1)] for s in self.start]
-        new = (row, length, torch.zeros_like(row), h, torch.zeros_like(h[:, 0]), *first)
-        held = (self.row, self.length, self.depth, self.h[:, :T], self.pooled, *self.state)
-        for old, arriving in zip(held, new):
-            old.index_copy_(0, place, arriving.to(old.dtype))
-        row, length, i, h, previous, *state = (old[:n] for old in held)
-        i = (i + 1).clamp(max=L)                                        # (n,) an empty place goes no further
-        mask = torch.arange(T, device=self.device) < length[:, None]    # (n,T)
-        h = encoder.layer(1, h, mask)                                   # (n,T,H) every layer is this one
-        pooled = encoder.pool(h)                                        # (n,H)
-        logits, lam = self.model.heads(i, pooled, previous)             # (n,C), (n,)
-        state, done = self.rule.step(tuple(state), i, lam, logits)
-        stop = done | (i == L)
-        target = torch.where(stop, row, self.N)
+        """All rows go one layer on; those that stop are answered and give their places to the next."""
+        encoder, at, i = self.model.encoder, self.at, self.depth + 1
+        new = self.depth == 0                                   # (n,) as at and i
+        ids, mask, segments = (x[at, :T] for x in self.batch)   # (n,T)
+        h = torch.where(new[:, None, None], encoder.embed(ids, segments), self.h[:, :T])
+        h = encoder.layer(1, h, mask)                           # (n,T,H) all layers are this one
+        pooled = encoder.pool(h)                                # (n,H)
+        previous = torch.where(new[:, None], 0, self.pooled)
+        logits, lam = self.model.heads(i, pooled, previous)     # (n,C), (n,)
+        state, done = self.rule.step(tuple(s[at] for s in self.state), i, lam, logits)
+        stop = done | (i == self.model.num_layers)
+        target = torch.where(stop, self.rows[at], self.N)
         self.answers.index_copy_(0, target, logits.to(self.answers.dtype))
         self.layers.index_copy_(0, target, i)
-        row = torch.where(stop, self.N, row)
-        for old, now in zip((*held, self.stop), (row, length, i, h, pooled, *state, stop)):
-            old[:n].copy_(now)
+        for old, now in zip(self.state, state):
+            old.index_copy_(0, at, now.to(old.dtype))
+        self.h[:, :T] = h
+        self.pooled.copy_(pooled)
+        self.depth.copy_(torch.where(stop, 0, i))
+        following = at.max() + stop.cumsum(0)                   # (n,) a row for each free place
+        at.copy_(torch.where(stop, following.clamp(max=self.N), at))
 
 
 def record(work):
@@ -202,21 +167,15 @@ def pad(inputs, encoder, device, length=None):
 
     T is the given length, or that of the longest, padded.
     """
-    T = length or padded(max(len(ids) for ids, _ in inputs), encoder, device)
-    both, mask = table(inputs, T, getattr(encoder, "pad_id", 0))
-    ids, segments = upload(both, device)
-    return ids, upload(mask, device), segments
-
-
-def table(inputs, T, pad_id):
-    """list of (ids, segments) -> array of ids and segments (2,B,T), mask (B,T)"""
     lengths = np.array([len(ids) for ids, _ in inputs])
+    T = length or padded(int(lengths.max()), encoder, device)
     mask = np.arange(T) < lengths[:, None]
-    both = np.zeros((2, len(inputs), T), dtype=np.int64)
-    both[0] = pad_id
+    both = np.zeros((2, *mask.shape), np.int64)
+    both[0] = getattr(encoder, "pad_id", 0)
     for values, column in zip(both, zip(*inputs)):
         values[mask] = np.fromiter(itertools.chain.from_iterable(column), np.int64, lengths.sum())
-    return both, mask
+    ids, segments = upload(both, device)
+    return ids, upload(mask, device), segments
 
 
 def upload(values, device):
@@ -227,17 +186,19 @@ def upload(values, device):
     return x.to(device)
 
 
-def padded(T, encoder, device):
-    """The length to which rows of at most T tokens are padded: on a GPU a multiple of 8, for its kernels"""
-    if torch.device(device).type == "cpu":
-        return T
-    whole = -(-T // 8) * 8
-    return min(whole, getattr(encoder, "max_length", whole))
+def padded(T, encoder, device, step=None):
+    """T rounded up to a multiple, on a GPU of 8 for its kernels, but not beyond the encoder's positions"""
+    if step is None:
+        step = 1 if torch.device(device).type == "cpu" else 8
+    whole = -(-T // step) * step
+    return max(T, min(whole, getattr(encoder, "max_length", whole)))
 
 
 def chunks(lengths, batch_size, device):
-    """Slices of rows, longest first, and the length T of each slice's longest row. A slice has at most
-    batch_size rows, and on a CPU at most CHUNK_TOKENS tokens, unless one row alone has more."""
+    """Slices of rows, longest first, each with the length T of its longest row
+
+    A slice has at most batch_size rows, and on a CPU at most CHUNK_TOKENS tokens or one row.
+    """
     start = 0
     while start < len(lengths):
         T, n = lengths[start], batch_size

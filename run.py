@@ -232,8 +232,8 @@ def make_model(settings, folder, examples):
         files = find_model(settings.model)
         tokenizer = load_tokenizer(files.tokenizer)
         encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
-    if settings.layers is not None and settings.layers < encoder.num_layers and not encoder.shared:
-        encoder.keep(settings.layers)
+    if settings.layers is not None and settings.layers < encoder.num_layers and hasattr(encoder, "truncate"):
+        encoder.truncate(settings.layers)
     model = make_ponder(encoder, settings, tokenizer)
     kind = {"model_type": encoder.config.model_type}
     write_json(folder / "config.json", kind | dataclasses.asdict(encoder.config))
