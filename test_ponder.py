@@ -776,8 +776,8 @@ def test_the_same_seed_gives_the_same_bits_another_does_not_and_evaluating_more_
     assert digest("a") == digest("b") and digest("a") != digest("c")
     real = train.Training.advance
 
-    def judge_each_step(training, epoch, batch, caught):
-        real(training, epoch, batch, caught)
+    def judge_each_step(training, epoch, batch):
+        real(training, epoch, batch)
         training.judge(epoch)
 
     monkeypatch.setattr(train.Training, "advance", judge_each_step)
@@ -865,7 +865,7 @@ def test_stopped_at_any_step_and_resumed_a_run_ends_with_the_same_bits(rte, monk
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("step, end", [(4, 5), (3, 5)])     # the last step of an epoch is judged first
+@pytest.mark.parametrize("step, end", [(4, 5), (3, 4), (11, 12)])       # the last of an epoch, and of all
 def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bits(
         step, end, how, rte, monkeypatch, capsys):
     train.main([*rte, "--name", "whole"])
@@ -1141,7 +1141,7 @@ def test_every_other_command_of_the_readme_has_flags_and_values_that_exist(here,
     parsed = []
     monkeypatch.setattr(train, "run", lambda settings_, folder=None: parsed.append(settings_))
     monkeypatch.setattr(train, "protocol", lambda settings_, *_: parsed.append(settings_))
-    monkeypatch.setattr(train, "find_own", lambda settings_, *_: None)
+    monkeypatch.setattr(train, "find_folder", lambda settings_, *_: None)
     monkeypatch.setattr(train, "origin_of", lambda settings_: {})
     eval_help = shell(HERE / "eval.py", "--help").stdout
     for command in readme_commands():
