@@ -122,8 +122,7 @@ def caught_signals():
     saved. What is ignored, as SIGHUP under nohup, stays so."""
     caught, kept = [], {}
     for number in signal.Signals:
-        heard = signal.getsignal(number) != signal.SIG_IGN
-        if heard and number.name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
@@ -142,9 +141,8 @@ class Training:
         self.settings, self.device = settings, choose_device(settings.device)
         autocast(self.device, settings.precision)       # refused before anything is read
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.log, self.made = open(os.devnull, "ab"), False
-        self.step, self.best, self.best_epoch, self.log_bytes = 0, -math.inf, 0, 0
-        self.started, self.waiting = time.time(), []
+        self.step, self.best, self.best_epoch = 0, -math.inf, 0
+        self.log, self.waiting, self.made = open(os.devnull, "ab"), [], False
 
     def start(self, folder):
         """Rank 0 alone: take the folder and save the first state of a run that begins -> the folder, and the
@@ -163,7 +161,7 @@ class Training:
         if not values:
             origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
             _, self.model = make_model(settings, folder, examples)
-            self.optimizer = make_optimizer(self.model, settings)
+            self.optimizer, self.started = make_optimizer(self.model, settings), time.time()
             self.save()
             encoder = {"encoder": self.model.encoder.config.model_type}
             write_json(folder / "run.json", describe(settings, self.device) | encoder | origin)
@@ -188,8 +186,8 @@ class Training:
         self.optimizer = make_optimizer(self.model, settings)
         self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
         self.inputs, self.labels = read_split(settings, tokenizer, "train")
-        splits = splits_of(settings.task, "dev")
-        self.dev = {split: read_split(settings, tokenizer, split) for split in splits}
+        self.dev = {split: read_split(settings, tokenizer, split)
+                    for split in splits_of(settings.task, "dev")}
         self.batches = math.ceil(len(self.inputs) / settings.batch_size)        # of an epoch
         self.total = min(settings.epochs * self.batches, settings.max_steps or math.inf)
         self.resume()
@@ -203,18 +201,18 @@ class Training:
             for name, most in limits.items():
                 good = type(saved[name]) is int and 0 <= saved[name] <= most
                 check(good, f"{name} is {saved[name]}, expected 0 to {most}")
-                setattr(self, name, saved[name])
-            self.best, self.started = float(saved["best"]), time.time() - saved["seconds"]
+            self.step, self.best, self.best_epoch = saved["step"], float(saved["best"]), saved["best_epoch"]
+            self.started = time.time() - saved["seconds"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["adam"]})
             for name, p in self.model.named_parameters():       # Adam itself does not compare shapes
                 shapes = {key: value.shape for key, value in self.optimizer.state[p].items()}
                 full = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                 check(shapes == (full if self.step else {}), f"Adam's state of {name} has other shapes")
+        if self.rank == 0:
+            self.log.truncate(saved["log_bytes"])
         if self.step:
             say(f"going on from step {self.step}")
-        if self.rank == 0:
-            self.log.truncate(self.log_bytes)
 
     def save(self):
         """resume.pt, with all that decides the steps to come; the order of rows is drawn again"""
