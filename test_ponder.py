@@ -769,17 +769,16 @@ def test_only_the_four_packages_are_imported_at_run_time():
 
 # ---- numbers ----
 
-def test_the_same_seed_gives_the_same_bits_another_does_not_and_evaluating_more_often_changes_nothing(
-        rte, monkeypatch):
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+def test_another_seed_gives_another_run_and_evaluating_more_often_changes_no_step(rte, monkeypatch):
+    for name, seed in (("a", "0"), ("b", "1")):
         train.main([*rte, "--name", name, "--seed", seed])
-    assert digest("a") == digest("b") and digest("a") != digest("c")
+    assert digest("a") != digest("b")
     real = train.Training.advance
     monkeypatch.setattr(train.Training, "advance", lambda training, epoch, batch: (
         real(training, epoch, batch), training.judge(epoch)))
-    train.main([*rte, "--name", "d"])
-    steps = [[line for line in digest(name)[1] if "loss" in line] for name in "ad"]
-    assert steps[0] == steps[1] and len(log_of("d")) > len(log_of("a"))
+    train.main([*rte, "--name", "c"])
+    steps = [[line for line in digest(name)[1] if "loss" in line] for name in "ac"]
+    assert steps[0] == steps[1] and len(log_of("c")) > len(log_of("a"))
 
 
 @pytest.mark.parametrize("part, value, flags", [
@@ -895,12 +894,11 @@ def stopped(rte, here, monkeypatch):
 
 
 @pytest.mark.parametrize("place, value", [
-    (("adam", 0, "exp_avg"), torch.zeros(1)), (("adam", 1, "step"), torch.zeros(2)),
-    (("adam", 0, "exp_avg_sq"), None), (("adam", 0), None), (("adam",), 7), (("adam",), {}),
-    (("model", "classifier.bias"), torch.zeros(1)), (("model", "classifier.bias"), 3), (("model",), 7),
-    (("model", "classifier.bias"), None), (("model", "x"), torch.ones(1)), (("step",), -1), (("step",), 4.0),
-    (("step",), 10**9), (("step",), True), (("step",), None), (("best_epoch",), "1"), (("best_epoch",), 4),
-    (("best",), "high"), (("log_bytes",), 10**9), (("log_bytes",), -1), (("seconds",), None)])
+    (("adam", 0, "exp_avg"), torch.zeros(1)), (("adam", 1, "step"), torch.zeros(2)), (("adam",), {}),
+    (("adam", 0, "exp_avg_sq"), None), (("adam", 0), None), (("adam",), 7), (("model",), 7),
+    (("model", "classifier.bias"), torch.zeros(1)), (("model", "classifier.bias"), None),
+    (("model", "x"), torch.ones(1)), (("step",), -1), (("step",), 10**9), (("step",), True),
+    (("best_epoch",), 4), (("best",), "high"), (("log_bytes",), 10**9), (("seconds",), None)])
 def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(place, value, stopped):
     saved = torch.load(stopped / "resume.pt")
     *outer, key = place
@@ -912,13 +910,6 @@ def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(place,
     before = files_of(stopped)
     assert "resume.pt: not a whole state of this run" in refusal("--resume", "x")
     assert files_of(stopped) == before
-
-
-def test_a_resume_file_beside_a_finished_run_is_not_a_run_to_resume(stopped, capsys):
-    (stopped / "run.json").write_text(json.dumps(run_json("x") | {"finished": True, "dev": {}}))
-    assert "no run" in refusal("--resume")
-    train.main(["--resume", "x"])
-    assert "finished already" in capsys.readouterr().err and not (stopped / "resume.pt").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -965,8 +956,10 @@ def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pre
     train.main([*pretrained, "--seeds", "1"])
     name, = names_of(here / "runs")
     before = files_of(here / "runs" / name)
-    for flags in (["--seeds", "1"], ["--name", name]):
-        train.main([*pretrained, *flags])
+    (here / "runs" / name / "resume.pt").touch()        # a process may die just before it removes this
+    assert "no run" in refusal("--resume")
+    for flags in ([*pretrained, "--seeds", "1"], [*pretrained, "--name", name], ["--resume", name]):
+        train.main(flags)
         assert "finished already" in capsys.readouterr().err and files_of(here / "runs" / name) == before
     shutil.copytree(here / "glue", here / "shorter")
     path = here / "shorter/RTE/dev.tsv"
@@ -1008,8 +1001,7 @@ def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here, rob
 def test_a_model_may_be_another_runs_encoder(rte, here):
     train.main([*rte, "--name", "one"])
     settings_ = run_module.make_settings(task="rte", model="runs/one", method="finetune")
-    (here / "two").mkdir()
-    _, model = run_module.make_model(settings_, here / "two", [])
+    _, model = run_module.make_model(settings_, here, [])
     weights = read_safetensors(here / "runs/one/model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
