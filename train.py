@@ -141,8 +141,8 @@ class Training:
         self.settings, self.device = settings, choose_device(settings.device)
         autocast(self.device, settings.precision)       # refused before anything is read
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.step, self.best, self.best_epoch = 0, -math.inf, 0
-        self.log, self.waiting, self.made = open(os.devnull, "ab"), [], False
+        self.step, self.best, self.best_epoch, self.waiting, self.made = 0, -math.inf, 0, [], False
+        self.log = open(os.devnull, "ab")               # but for rank 0
 
     def start(self, folder):
         """Rank 0 alone: take the folder and save the first state of a run that begins -> the folder, and the
@@ -443,10 +443,10 @@ def main(argv=None):
             with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
                 given[field.name] = None if text.lower() == "none" else field.type(text)
     settings, name, seeds, resume = make_settings(**given), asked.name, asked.seeds, asked.resume
-    several, exits = seeds is not None or asked.grid, " or ".join(settings.exits)
+    several, exits = seeds is not None or asked.grid, settings.exits
     for wrong, sentence in (
-            (settings.exit not in settings.exits,
-             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {exits}"),
+            (settings.exit not in exits,
+             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
             (name is not None and (name == ".." or (RUNS / name).parent != RUNS),
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
