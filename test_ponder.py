@@ -960,7 +960,8 @@ def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pre
     # The name of a run has neither its data nor more than the last part of the model's path.
     for flags, end in ((["--data-dir", "shorter"], f"{name}-2"), (["--lr", "1"], ""),
                        (["--model", "b/checkpoint-500"], f"{name}-2")):
-        assert "holds a run with other settings, data or model" in refusal(*pretrained, *flags, "--name", name)
+        sentence = refusal(*pretrained, *flags, "--name", name)
+        assert "holds a run with other settings, data or model" in sentence, flags
         train.main([*pretrained, *flags, "--seeds", "1", "--dry-run"])
         assert shlex.split(capsys.readouterr().out)[-1].endswith(end), flags
     train.main(pretrained)                              # a run without a name is always a new one

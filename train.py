@@ -354,8 +354,8 @@ def recorded(folder):
 
 
 def find_folder(settings, origin=None, name=None):
-    """Of runs/NAME, or of the run's own name and that with -2, -3, ..., the first that holds this run or none
-    yet; without an origin, which says what this run is, the first new one, made. InputError if there is none."""
+    """Of runs/NAME, or of the run's own name and that with -2, -3, ..., the first that is free or holds this
+    very run; without an origin the first that is new, made. InputError where the one named is another's."""
     own = run_name(settings)
     names = [name] if name else itertools.chain([own], (f"{own}-{n}" for n in itertools.count(2)))
     for folder in map(RUNS.joinpath, names):
