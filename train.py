@@ -15,14 +15,12 @@ metrics.jsonl, and resume.pt while it is unfinished.
 import argparse
 import atexit
 import contextlib
-import copy
 import dataclasses
 import datetime
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -66,12 +64,12 @@ def loss_of(settings, logits, lam, labels, prior):
 
 def make_optimizer(model, settings):
     """Adam at a constant rate, without decay; the Lambda head has its own rate unless lambda_lr is None."""
-    own = set()
-    if model.lambda_head is not None and settings.lambda_lr is not None:
-        own = set(model.lambda_head.parameters())
-    groups = [{"params": [p for p in model.parameters() if p not in own], "base": settings.lr}]
-    if own:
-        groups.append({"params": [p for p in model.parameters() if p in own], "base": settings.lambda_lr})
+    parameters = {"lr": [], "lambda_lr": []}
+    for name, p in model.named_parameters():
+        own = name.startswith("lambda_head.") and settings.lambda_lr is not None
+        parameters["lambda_lr" if own else "lr"].append(p)
+    groups = [{"name": name, "params": group, "base": getattr(settings, name)}
+              for name, group in parameters.items() if group]
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -80,8 +78,7 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     process's share ()}, on the device. Losses and gradients are summed over processes, so any number of them
     gives one result, but for dropout, which seed, step and rank decide."""
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + rank)
-    parameters = list(model.parameters())
-    device, rows = parameters[0].device, range(rank, len(inputs), world)
+    device, rows = next(model.parameters()).device, range(rank, len(inputs), world)
     share = len(rows) / len(inputs)
     rows = rows or range(1)             # a process without a row takes one that counts nothing
     batch = pad([inputs[row] for row in rows], model.encoder, device)
@@ -92,33 +89,31 @@ def train_step(model, optimizer, settings, step, inputs, labels, prior, rank=0, 
     loss, parts = loss_of(settings, logits, lam, targets, prior)
     (loss * share).backward()
     if world > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
     if settings.clip is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = group["base"] * min(1, (step + 1) / max(1, settings.warmup))
     optimizer.step()
     return {name: part * share for name, part in ({"loss": loss.detach()} | parts).items()}
 
 
-# ---- one run ----
+# ---- several processes, and signals ----
 
 def on_rank_0(work):
     """work() of rank 0, which alone decides; the others are told its result, or end where it fails."""
     if not dist.is_initialized():
         return work()
-    told = [None, False]
+    told = [None]
     try:
         if dist.get_rank() == 0:
-            told = [work(), True]
+            told = [[work()]]
     finally:
         dist.broadcast_object_list(told)
-    if not told[1]:
+    if told[0] is None:
         sys.exit(1)
-    return told[0]
+    return told[0][0]
 
 
 @contextlib.contextmanager
@@ -126,19 +121,18 @@ def caught_signals():
     """Inside, Ctrl-C, SIGTERM and SIGHUP only fill the list that is given, so that the step is finished and
     saved. What is ignored, as SIGHUP under nohup, stays so."""
     caught, kept = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)    # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in signal.Signals:
+        if number.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
             kept[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
-    except SystemExit:          # a second signal, which torchrun sends, must not cut the end short
-        kept = {}
-        raise
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        if not caught:          # else the process ends, and a second signal must not cut that short
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
+
+# ---- one run ----
 
 class Training:
     """One run in one process. Rank 0 alone writes, reads results and decides."""
@@ -147,101 +141,100 @@ class Training:
         self.settings, self.device = settings, choose_device(settings.device)
         autocast(self.device, settings.precision)       # refused before anything is read
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.file, self.model, self.made = None, None, False
+        self.step, self.best, self.best_epoch, self.waiting, self.made = 0, -math.inf, 0, [], False
+        self.log = open(os.devnull, "ab")               # but for rank 0
 
     def start(self, folder):
-        """Rank 0 alone: take the folder; a run that begins gets its model -> the results if it is finished"""
-        settings, self.folder = self.settings, folder
+        """Rank 0 alone: take the folder and save the first state of a run that begins -> the folder, and the
+        results of a run that is finished, else None"""
+        settings, folder = self.settings, folder or find_folder(self.settings)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "ab")
-        if not lock(self.file):                 # a run has one writer
+        self.folder, self.log = folder, open(folder / "metrics.jsonl", "ab")
+        if not lock(self.log):                  # a run has one writer
             raise InputError(f"{folder}: another process trains it; wait or give another --name")
         self.made = os.listdir(folder) == ["metrics.jsonl"]
-        values = read_run(folder)[1] if (folder / "run.json").exists() else {}
+        values = recorded(folder)
         if values.get("finished"):
             (folder / "resume.pt").unlink(missing_ok=True)      # of a process that died at its end
-            return values["dev"]
-        if not (folder / "resume.pt").exists():
-            origin = origin_of(settings)
-            examples = load(settings.task, "train", settings.data_dir)
-            self.tokenizer, self.model = make_model(settings, folder, examples)
-            encoder = self.model.encoder.config.model_type
-            write_json(folder / "run.json", describe(settings, self.device) | {"encoder": encoder} | origin)
+            say(f"{folder} is finished already, nothing to do; give another --name to train it again")
+            return folder, values["dev"]
+        if not values:
+            origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
+            _, self.model = make_model(settings, folder, examples)
+            self.optimizer, self.started = make_optimizer(self.model, settings), time.time()
+            self.save()
+            encoder = {"encoder": self.model.encoder.config.model_type}
+            write_json(folder / "run.json", describe(settings, self.device) | encoder | origin)
         elif hashes(sources(settings.task, settings.data_dir)) != values.get("data"):
             raise InputError(f"{folder}: the task's files have changed; put them back or train anew")
+        say(f"{folder}: {settings.task} by {settings.method}, {settings.model}")
+        return folder, None
 
     def close(self):
         """Unlock the folder, and remove it if nothing came of it."""
-        if self.file is not None:
-            self.file.close()
+        self.log.close()
         if self.made and not (self.folder / "run.json").exists():
             shutil.rmtree(self.folder)
             with contextlib.suppress(OSError):
                 RUNS.rmdir()            # unless other runs are there
 
-    def prepare(self, folder):
-        """Every process: data, model and optimizer, as rank 0 made them or resume.pt has them"""
-        settings, self.folder = self.settings, folder
-        if self.model is None:
-            self.tokenizer, model = open_run(folder, settings)
-            self.model = model.to_empty(device=self.device)
-        self.model = self.model.to(self.device).train()
+    def prepare(self):
+        """Every process: the data, and model and optimizer as resume.pt has them"""
+        settings = self.settings
+        tokenizer, model = open_run(self.folder, settings)
+        self.model = model.to_empty(device=self.device).train()
         self.optimizer = make_optimizer(self.model, settings)
         self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
-        self.inputs, self.labels = read_split(settings, self.tokenizer, "train")
-        splits = splits_of(settings.task, "dev")
-        self.dev = {split: read_split(settings, self.tokenizer, split) for split in splits}
-        self.batches = -(-len(self.inputs) // settings.batch_size)      # of an epoch
-        self.total = min(settings.epochs * self.batches, settings.max_steps or 10**18)
-        self.step, self.best, self.best_epoch, self.log_bytes = 0, -math.inf, 0, 0
-        self.started, self.waiting = time.time(), []
-        if (folder / "resume.pt").exists():
-            self.resume(folder / "resume.pt")
-        elif self.world > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.data, 0)
-        if self.file is not None:
-            self.file.truncate(self.log_bytes)
+        self.inputs, self.labels = read_split(settings, tokenizer, "train")
+        self.dev = {split: read_split(settings, tokenizer, split)
+                    for split in splits_of(settings.task, "dev")}
+        self.batches = math.ceil(len(self.inputs) / settings.batch_size)        # of an epoch
+        self.total = min(settings.epochs * self.batches, settings.max_steps or math.inf)
+        self.resume()
 
-    def save(self):
-        """resume.pt, with all that decides the steps to come; the order of rows is drawn again"""
-        if self.rank == 0:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            saved = {"model": self.model.state_dict(), "adam": self.optimizer.state_dict()["state"],
-                     "step": self.step, "best": self.best, "best_epoch": self.best_epoch,
-                     "log_bytes": self.file.tell(), "seconds": time.time() - self.started}
-            with atomic_write(self.folder / "resume.pt") as file:
-                torch.save(saved, file)
-
-    def resume(self, path):
+    def resume(self):
         """Take up what save() has left. InputError, before a file changes, where it does not fit the run."""
-        log = (self.folder / "metrics.jsonl").stat().st_size
-        limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log}
+        path, log = self.folder / "resume.pt", self.folder / "metrics.jsonl"
+        limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log.stat().st_size}
         with guard(path, "state of this run"):
             saved = read_torch(path)
-            self.model.load_state_dict(saved["model"])
-            adam = copy.deepcopy(saved["adam"])     # not on the file, which save() replaces
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
-            for name, p in self.model.named_parameters():       # Adam itself does not compare shapes
-                shapes = {key: value.shape for key, value in self.optimizer.state[p].items()}
-                good = shapes == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                check(good, f"Adam's state of {name} has other shapes")
             for name, most in limits.items():
                 good = type(saved[name]) is int and 0 <= saved[name] <= most
                 check(good, f"{name} is {saved[name]}, expected 0 to {most}")
-            self.step, self.best_epoch, self.log_bytes = (saved[name] for name in limits)
-            self.best, self.started = float(saved["best"]), self.started - saved["seconds"]
-        say(f"going on from step {self.step}")
+            self.step, self.best, self.best_epoch = saved["step"], float(saved["best"]), saved["best_epoch"]
+            self.started = time.time() - saved["seconds"]
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["adam"]})
+            for name, p in self.model.named_parameters():       # Adam itself does not compare shapes
+                shapes = {key: value.shape for key, value in self.optimizer.state[p].items()}
+                full = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                check(shapes == (full if self.step else {}), f"Adam's state of {name} has other shapes")
+        if self.rank == 0:
+            self.log.truncate(saved["log_bytes"])
+        if self.step:
+            say(f"going on from step {self.step}")
+
+    def save(self):
+        """resume.pt, with all that decides the steps to come; the order of rows is drawn again"""
+        self.flush()
+        if self.rank == 0:
+            self.log.flush()
+            os.fsync(self.log.fileno())
+            saved = {"model": self.model.state_dict(), "adam": self.optimizer.state_dict()["state"],
+                     "step": self.step, "best": self.best, "best_epoch": self.best_epoch,
+                     "log_bytes": self.log.tell(), "seconds": time.time() - self.started}
+            with atomic_write(self.folder / "resume.pt") as file:
+                torch.save(saved, file)
 
     def write(self, line):
         """A line of metrics.jsonl, one for each step and epoch"""
-        if self.file is not None:
-            line |= {"seconds": round(time.time() - self.started, 3)}
-            self.file.write(json.dumps(line).encode() + b"\n")
+        line |= {"seconds": round(time.time() - self.started, 3)}
+        self.log.write(json.dumps(line).encode() + b"\n")
 
     def flush(self):
         """Fetch the losses that wait on the device, write and check them -> the parts of the last"""
+        if not self.waiting:
+            return {}
         values = torch.stack([torch.stack(list(parts.values())) for *_, parts in self.waiting])
         if self.world > 1:
             dist.all_reduce(values)     # the shares' sum
@@ -255,35 +248,20 @@ class Training:
         self.waiting = []
         return parts
 
-    def advance(self, epoch, batch, caught):
-        """One step; what it gives is looked at, and saved, when it is time or a signal was caught."""
-        settings = self.settings
+    def advance(self, epoch, batch):
+        """One step. The host fetches its losses, and so waits for the device, only where it shows them."""
         inputs, labels = [self.inputs[row] for row in batch], [self.labels[row] for row in batch]
-        parts = train_step(self.model, self.optimizer, settings, self.step, inputs, labels, self.prior,
+        parts = train_step(self.model, self.optimizer, self.settings, self.step, inputs, labels, self.prior,
                            self.rank, self.world)
         self.step += 1
-        rates = dict(zip(("lr", "lambda_lr"), [group["lr"] for group in self.optimizer.param_groups]))
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.waiting.append(({"step": self.step, "epoch": epoch} | rates, batch, parts))
-        stop = torch.tensor(len(caught))        # on the CPU, so that the host does not wait for a GPU
-        if self.world > 1:
-            dist.all_reduce(stop)               # all stop after the same step
-        last = self.step == self.total or self.step % self.batches == 0
-        look = self.step == 1 or self.step % LOG_EVERY == 0
-        due = settings.save_every is not None and self.step % settings.save_every == 0
-        if look or due or last or stop:
-            parts = self.flush()
-        if look:
+        if self.step == 1 or self.step % LOG_EVERY == 0:
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in self.flush().items())
             pace = (time.time() - self.started) / self.step
             left = datetime.timedelta(seconds=round(pace * (self.total - self.step)))
-            numbers = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
             say(f"epoch {epoch}, step {self.step} of at most {self.total}: {numbers}; {1 / pace:.1f} "
                 f"steps/s, at most {left} to go")
-        if (due or stop) and not last:          # an epoch's end is judged first, and saved in any case
-            self.save()
-            if stop:
-                say(f"stopped after step {self.step} and saved; go on with: "
-                    f"python train.py --resume {shlex.quote(str(self.folder))}")
-                sys.exit(130)
 
     def read_dev(self):
         """{split: (logits (N,L,C), lam (N,L), labels)} of the dev set, of which MNLI has two"""
@@ -292,7 +270,7 @@ class Training:
                 for split, (inputs, labels) in self.dev.items()}
 
     def judge(self, epoch):
-        """Rank 0 alone: the epoch's dev score; the best weights are kept -> (best score, its epoch)"""
+        """Rank 0 alone: the epoch's dev score; the best weights are kept -> the best epoch"""
         settings = self.settings
         try:
             dev = mean_of([exit_result(settings.exit, settings, logits, lam, labels, split)
@@ -303,16 +281,15 @@ class Training:
         self.model.train()
         self.write({"step": self.step, "epoch": epoch, "dev": dev})
         draws = f", mean of {DRAWS} draws," if settings.exit == "sample" else ""
-        score, layer = dev["score"], dev["mean_layer"]
-        say(f"epoch {epoch}: dev {settings.task} {score:.1f} by {settings.exit} exit{draws} at layer "
-            f"{layer:.2f} of {self.model.num_layers}")
-        if score <= self.best:
-            return self.best, self.best_epoch
-        write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
-        return score, epoch
+        say(f"epoch {epoch}: dev {settings.task} {dev['score']:.1f} by {settings.exit} exit{draws} at layer "
+            f"{dev['mean_layer']:.2f} of {self.model.num_layers}")
+        if dev["score"] > self.best:
+            self.best, self.best_epoch = dev["score"], epoch
+            write_safetensors(self.folder / "model.safetensors", self.model.state_dict())
+        return self.best_epoch
 
     def train(self):
-        """The epochs that are left -> the results on dev by exit, which run.json keeps"""
+        """The steps that are left, each epoch's end judged -> the results on dev by exit, kept in run.json"""
         settings, order = self.settings, torch.Generator().manual_seed(self.settings.seed)
         lengths = [len(ids) for ids, _ in self.inputs]
         with caught_signals() as caught:
@@ -321,20 +298,30 @@ class Training:
                 batches, begun = buckets(lengths, settings.batch_size, order), (epoch - 1) * self.batches
                 if self.step == self.total or epoch - 1 - self.best_epoch >= settings.stop_after:
                     break
-                if self.step >= begun + len(batches):
-                    continue
                 for batch in batches[self.step - begun:self.total - begun]:
-                    self.advance(epoch, batch, caught)
-                self.best, self.best_epoch = on_rank_0(lambda: self.judge(epoch))
-                self.save()
-        return on_rank_0(lambda: self.finish(-(-self.step // self.batches)))
+                    self.advance(epoch, batch)
+                    ended = self.step in (self.total, begun + self.batches)
+                    if ended:
+                        self.flush()
+                        self.best_epoch = on_rank_0(lambda: self.judge(epoch))
+                    stop = torch.tensor(len(caught))    # on the CPU: the host must not wait for a GPU
+                    if self.world > 1:
+                        dist.all_reduce(stop)           # all stop after the same step
+                    if ended or stop or self.step % (settings.save_every or self.total) == 0:
+                        self.save()
+                    if stop:
+                        say(f"stopped after step {self.step} and saved; go on with: "
+                            f"python train.py --resume {shlex.quote(str(self.folder))}")
+                        sys.exit(130)
+        return on_rank_0(self.finish)
 
-    def finish(self, epochs):
+    def finish(self):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
         fill(self.model, self.folder / "model.safetensors", self.device)
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
-        values = read_run(self.folder)[1] | study(self.settings, self.read_dev())
-        values |= {"finished": True, "steps": self.step, "epochs": epochs, "best_epoch": self.best_epoch,
+        values = recorded(self.folder) | study(self.settings, self.read_dev())
+        values |= {"finished": True, "steps": self.step, "epochs": math.ceil(self.step / self.batches),
+                   "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
         write_json(self.folder / "run.json", values)
         (self.folder / "resume.pt").unlink(missing_ok=True)
@@ -346,15 +333,11 @@ def run(settings, folder=None):
     """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
     finished -> the results on dev by exit"""
     training = Training(settings)
-    folder = folder or on_rank_0(lambda: new_folder(settings))
     try:
-        results = on_rank_0(lambda: training.start(folder))
+        training.folder, results = on_rank_0(lambda: training.start(folder))
         if results is None:
-            say(f"{folder}: {settings.task} by {settings.method}, {settings.model}")
-            training.prepare(folder)
+            training.prepare()
             results = training.train()
-        else:
-            say(f"{folder} is finished already, nothing to do; give another --name to train it again")
     finally:
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
@@ -365,29 +348,28 @@ def run(settings, folder=None):
 
 # ---- which folder ----
 
-def folders(settings):
-    """Where a run may be: its name, and where that is taken the same with -2, -3, ..."""
-    for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
-        yield RUNS / f"{run_name(settings)}{end}"
+def recorded(folder):
+    """What run.json holds; {} without one"""
+    return read_run(folder)[1] if (folder / "run.json").exists() else {}
 
 
-def new_folder(settings):
-    """The first of a run's folders that nobody has yet, made"""
-    for folder in folders(settings):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)          # decides between two processes that start at once
+def find_folder(settings, origin=None, name=None):
+    """Of runs/NAME, or of the run's own name and that with -2, -3, ..., the first that is free or holds this
+    very run; without an origin the first that is new, made. InputError where the one named is another's."""
+    own = run_name(settings)
+    names = [name] if name else itertools.chain([own], (f"{own}-{n}" for n in itertools.count(2)))
+    for folder in map(RUNS.joinpath, names):
+        if origin is None:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)          # decides between two processes that start at once
+                return folder
+        elif not (folder / "run.json").exists():
             return folder
-
-
-def find_own(settings, origin, name=None):
-    """The folder of this run, or a free one. InputError where the given name is another run's."""
-    for folder in folders(settings) if name is None else [RUNS / name]:
-        if not (folder / "run.json").exists():
-            return folder
-        before, values = read_run(folder)
-        before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
-        if before == settings and {key: values.get(key) for key in origin} == origin:
-            return folder
+        else:
+            before, values = read_run(folder)
+            before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
+            if before == settings and values | origin == values:
+                return folder
     raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
 
 
@@ -397,22 +379,14 @@ def train_all(runs, origin, dry_run):
     """The dev scores of the runs by their own exit; a dry run prints the commands of those that are left."""
     scores = []
     for settings in runs:
-        folder = on_rank_0(lambda: find_own(settings, origin))
-        finished = (folder / "run.json").exists() and read_run(folder)[1].get("finished")
-        if dry_run and not finished:
-            say(command(settings, folder.name), sys.stdout)
+        folder = on_rank_0(lambda: find_folder(settings, origin))
+        if dry_run and not recorded(folder).get("finished"):
+            keys = dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)])
+            flags = [f"{flag(key)}={getattr(settings, key)}" for key in keys]
+            say(shlex.join(["python", "train.py", *flags, "--name", folder.name]), sys.stdout)
         else:
             scores.append(run(settings, folder)[settings.exit]["score"])
     return scores
-
-
-def command(settings, name):
-    """The command that trains these settings under that name"""
-    words = ["python", "train.py"]
-    for key in dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)]):
-        value = getattr(settings, key)
-        words += [flag(key), "none" if value is None else str(value)]
-    return shlex.join([*words, "--name", name])
 
 
 def protocol(settings, seeds, grid, dry_run):
@@ -421,8 +395,8 @@ def protocol(settings, seeds, grid, dry_run):
     origin, first = on_rank_0(lambda: origin_of(settings)), settings.seed
     if grid:
         axes = {name: values for name, values in GRID.items() if getattr(settings, name) is not None}
-        points = [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
-        runs = [dataclasses.replace(settings, **point) for point in points]
+        runs = [dataclasses.replace(settings, **dict(zip(axes, point)))
+                for point in itertools.product(*axes.values())]
         scores = train_all(runs, origin, dry_run)
         if len(scores) < len(runs):
             return
@@ -462,25 +436,23 @@ def make_parser():
 
 
 def main(argv=None):
-    flags = vars(make_parser().parse_args(argv))
+    asked, given = make_parser().parse_args(argv), {}
     for field in dataclasses.fields(Settings):
-        if field.name in flags:
-            text = flags[field.name]
+        if hasattr(asked, field.name):
+            text = given[field.name] = getattr(asked, field.name)
             with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
-                flags[field.name] = None if text == "none" else field.type(text)
-    name, resume, seeds = flags.pop("name"), flags.pop("resume"), flags.pop("seeds")
-    grid, dry_run = flags.pop("grid"), flags.pop("dry_run")
-    settings = make_settings(**flags)
-    several, exits = seeds is not None or grid, " or ".join(settings.exits)
+                given[field.name] = None if text.lower() == "none" else field.type(text)
+    settings, name, seeds, resume = make_settings(**given), asked.name, asked.seeds, asked.resume
+    several, exits = seeds is not None or asked.grid, settings.exits
     for wrong, sentence in (
-            (settings.exit not in settings.exits,
-             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {exits}"),
-            (name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]", name)),
+            (settings.exit not in exits,
+             f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
+            (name is not None and (name == ".." or (RUNS / name).parent != RUNS),
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
             (seeds is not None and not 1 <= seeds <= 9999, f"--seeds {seeds}: expected from 1 to 9999"),
-            (dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
-            (resume is not None and (flags or name or several),
+            (asked.dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
+            (resume is not None and (given or name or several),
              "--resume goes on with the settings that the run has; give it without others")):
         if wrong:
             raise InputError(sentence)
@@ -488,15 +460,16 @@ def main(argv=None):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
         atexit.register(dist.destroy_process_group)
+    folder = None
     if resume is not None:
         folder = on_rank_0(lambda: find_run(resume or None, unfinished=True))
-        run(read_run(folder)[0], folder)
-    elif several:
-        protocol(settings, seeds or 0, grid, dry_run)
+        settings = read_run(folder)[0]
     elif name is not None:
-        run(settings, on_rank_0(lambda: find_own(settings, origin_of(settings), name)))
+        folder = on_rank_0(lambda: find_folder(settings, origin_of(settings), name))
+    if several:
+        protocol(settings, seeds or 0, asked.grid, asked.dry_run)
     else:
-        run(settings)
+        run(settings, folder)
 
 
 if __name__ == "__main__":
