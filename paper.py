@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.mkldnn import to_mkldnn
 
 from checkpoint import InputError, atomic_write, read_json
 from glue import load, negations
@@ -34,9 +33,9 @@ def mean_of(trees):
 
 
 def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,): the share of
-    rows that exit at each layer, dealt: the score if the same layers go to random rows, which an exit that
-    chooses its rows well beats. All are means of DRAWS draws."""
+    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,) of exits, and
+    dealt: the score if the same layers go to random rows, which a good choice of rows beats. All are means of
+    DRAWS draws."""
     draws, (N, L) = [], lam.shape
     for draw in range(DRAWS):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
@@ -51,7 +50,7 @@ def exit_result(criterion, settings, logits, lam, labels, split):
 
 
 def oracle_layers(logits, labels):
-    """(N,) the first layer that is right, L where none is; for regression the layer with the least error."""
+    """(N,) the first layer that is right, L where none is; for regression the layer with the least error"""
     if logits.shape[2] == 1:
         return (logits[:, :, 0] - labels[:, None]).abs().argmin(1) + 1
     right = logits.argmax(2) == labels[:, None]                     # (N,L)
@@ -75,10 +74,10 @@ def study(settings, splits):
                 row |= {criterion: value, "speed_up": L / result["mean_layer"]}
                 sweep.setdefault(criterion, []).append(row)
         best = oracle_layers(logits, torch.tensor(labels))
-        chosen = [logits[:, i] for i in range(L)] + [logits[torch.arange(N), best - 1]]
+        chosen = [*logits.unbind(1), logits[torch.arange(N), best - 1]]
         *by_layer, oracle = [scores(settings.task, outputs, labels)["score"] for outputs in chosen]
-        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer,
-                      "oracle": {"score": oracle, "mean_layer": best.double().mean().item()}})
+        oracle = {"score": oracle, "mean_layer": best.double().mean().item()}
+        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
     return mean_of(trees)
 
 
@@ -101,35 +100,30 @@ def system_of(settings):
     return ", ".join([settings.method, *(f"{name} {getattr(settings, name)}" for name in changed)])
 
 
-def read_result(values, folder):
-    """The dict of a finished run.json -> Run, and what the seeds of one set share: the settings, the precision
-    that was really used, and the sha256 of data and model"""
-    settings = make_settings(**values["settings"])
-    score = values["dev"][settings.exit]["score"]
-    run = Run(folder, settings, score, *(values[name] for name in Run._fields[3:]))
-    for criterion in run.dev:
-        cell([run], criterion)                              # fails here if it cannot be printed
-    shared = dataclasses.replace(settings, seed=0, precision=values["precision"], **dict.fromkeys(PLACE))
-    return run, (shared, str([values.get("data"), values.get("model")]))
-
-
 def cells(root):
     """{(model, system): {task: runs}} of root/*/run.json and root/*.json, the one rule for tables, figures
-    and submissions: the runs of a cell are the seeds of ONE set of settings, the set with the most seeds,
-    then the best mean. Of equal settings the newest counts. A damaged file is named and passed over."""
+    and submissions: the runs of a cell are the seeds of ONE set of settings, precision, data and model, the
+    set with the most seeds, then the best mean. Of equal settings the newest counts. A damaged file is named
+    and passed over."""
     sets, found, paths = {}, {}, [*root.glob("*/run.json"), *root.glob("*.json")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
             values = read_json(path)
-            if not values["finished"] or values["settings"]["max_steps"] is not None:       # is no result
+            settings = make_settings(**values["settings"])
+            if not values["finished"] or settings.max_steps is not None:                # is no result
                 continue
-            run, one_set = read_result(values, path.parent)
+            score = values["dev"][settings.exit]["score"]
+            run = Run(path.parent, settings, score, *(values[name] for name in Run._fields[3:]))
+            for criterion in run.dev:
+                cell([run], criterion)                      # fails here if it cannot be printed
+            # Where and how a run was made changes nothing; the precision is the one that was really used.
+            rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
+            one_set = dataclasses.replace(settings, **rest), str([values.get("data"), values.get("model")])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error})")
             continue
-        model, order = Path(run.settings.model).name, ORDER.index(run.settings.method)
-        key = model, order, system_of(run.settings), run.settings.task
-        sets.setdefault(key, {}).setdefault(one_set, {})[run.settings.seed] = run
+        key = Path(settings.model).name, ORDER.index(settings.method), system_of(settings), settings.task
+        sets.setdefault(key, {}).setdefault(one_set, {})[settings.seed] = run
     for (model, _, system, task), choices in sorted(sets.items()):
         choices = [list(seeds.values()) for seeds in choices.values()]
         best = max(choices, key=lambda runs: (len(runs), statistics.mean(run.score for run in runs)))
@@ -142,12 +136,10 @@ def main_cells(found):
     the one nearest the preset, then the one with the most seeds"""
     best, chosen = {}, {}
     for (model, system), by_task in found.items():
-        key = model, system.split(",")[0]
-        rank = len(by_task), -system.count(","), sum(len(runs) for runs in by_task.values())
-        if key not in best or rank > best[key][0]:
-            best[key] = rank, by_task
-    for (model, method), (_, by_task) in best.items():
-        for task, runs in by_task.items():
+        rank = len(by_task), -system.count(","), sum(map(len, by_task.values()))
+        best.setdefault((model, system.split(",")[0]), []).append((rank, by_task))
+    for (model, method), systems in best.items():
+        for task, runs in max(systems, key=lambda system: system[0])[1].items():
             chosen.setdefault((task, model), {})[method] = runs
     return chosen
 
@@ -273,6 +265,9 @@ CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
 )
 
 
+FIGURES = ("q", "speedup", "prior", "distribution", "negations")    # Figs. 2 to 5; parity's own
+
+
 def plot(kind, root, out, device, batch_size, changed):
     """One of the figures below over the runs under root, as out or root/KIND.png; models are read with the
     settings `changed`: the folder of the data, the precision"""
@@ -289,14 +284,14 @@ def plot(kind, root, out, device, batch_size, changed):
         inputs, labels = read_split(settings, tokenizer, split)
         return labels, *all_layers(model, inputs, batch_size, settings.precision)
 
-    found, draw = cells(root), partial(draw_curves, kind=kind)
-    panels = prior_cells(found) if kind == "prior" else main_cells(found)
-    if kind in ("distribution", "negations"):
+    found = cells(root)
+    panels, draw = main_cells(found), partial(draw_curves, kind=kind)
+    if kind == "prior":
+        panels, draw = prior_cells(found), draw_priors
+    elif kind in ("distribution", "negations"):
         panels = {key: members["palbert"] for key, members in panels.items() if "palbert" in members
                   and (key[0] == "parity" or kind == "distribution")}
         draw = partial(draw_distribution, read=read)
-    if kind == "prior":
-        draw = draw_priors
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
     style.use("seaborn-v0_8-whitegrid")
@@ -361,9 +356,8 @@ def draw_priors(axis, members):
     for y, x in np.argwhere(shares.round()):
         axis.text(x, y, f"{shares[y, x]:.0f}%", ha="center", va="center")
     labels = [f"λ {prior:g}: {result['score']:.1f}" for prior, result in zip(members, results)]
-    axis.set(xlabel="exit layer", ylabel="prior: dev score")
+    axis.set(xlabel="exit layer", ylabel="prior: dev score", yticks=range(len(labels)), yticklabels=labels)
     axis.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
-    axis.set_yticks(range(len(labels)), labels)
     axis.grid(False)
 
 
@@ -391,8 +385,7 @@ def draw_negations(figure, runs, read):
     for n in k.unique().tolist():
         layer, at_exit, at_1, *cdf = mean[k == n].mean(0).tolist()
         left.plot(range(1, len(cdf) + 1), cdf, "o-", lw=5 - 1.2 * n, label=n)       # no line hides another
-        bars = right.bar(n, layer)
-        right.bar_label(bars, [f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"])
+        right.bar_label(right.bar(n, layer), [f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"])
     left.axhline(runs[0].settings.q, color="k", ls="--", lw=1, label="q")
     left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=f"n = {len(runs)} seeds")
     left.legend(title="negations")
@@ -415,6 +408,7 @@ def flops(model, operations, work):
 def layer_speed(model, B, T, dtype):
     """What one layer on (B,T) reaches, beside the best products that the device gives in the dtype: torch.mm,
     which on a CPU in float32 is MKL's, and there oneDNN's, too"""
+    from torch.utils.mkldnn import to_mkldnn    # here, because PyTorch warns of what it imports
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
     new = partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
     h, mask, best = new(B, T, H), new(B, T) < float("inf"), {}
@@ -432,15 +426,19 @@ def layer_speed(model, B, T, dtype):
 
 @torch.no_grad()
 def bench(model, settings, tokenizer, criterion, split, rounds=3):
-    """The speed of a layer in each precision that the device has, and in each that is asked for (None: all)
-    inputs per second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
+    """For each precision that the device has: the speed of a layer; and if it is asked for (None: all are) rows
+    a second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
     device, L = next(model.parameters()).device, model.num_layers
-    autocast(device, settings.precision)                            # refuses what the device cannot
+    autocast(device, settings.precision)                            # refuses what the device has not
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))
     T = round(statistics.mean(len(ids) for ids, _ in inputs))
-    print(f"{settings.task} {split}: {len(inputs)} rows of {T} tokens, {L} layers, exit by {criterion}; "
-          f"PyTorch {torch.__version__}, {device_name(device)}")
+
+    def early(batch_size, depthwise):
+        return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
+
+    print(f"{settings.task} {split}: {len(inputs)} rows of {T} tokens; PyTorch {torch.__version__}, "
+          f"{device_name(device)}")
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         try:
             context = autocast(device, precision)
@@ -448,28 +446,19 @@ def bench(model, settings, tokenizer, criterion, split, rounds=3):
             continue
         with context:
             print(f"\n{precision}: {layer_speed(model, 32, T, dtype)}")
-            if settings.precision in (None, precision):
-                print_speeds(model, settings, criterion, inputs, precision, rounds)
-
-
-def print_speeds(model, settings, criterion, inputs, precision, rounds):
-    """The table of one precision"""
-    L = model.num_layers
-
-    def early(batch_size, depthwise):
-        return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
-
-    print_table("", ("batch", "way", "examples/s", "against full depth", "L / mean layer", "over it"), [])
-    for batch_size in (1, 8, 32, 128):
-        ways = {"full depth": partial(all_layers, model, inputs, batch_size, precision),
-                "early exit": partial(early, batch_size, False)}
-        if model.encoder.shared:
-            ways["depth-wise"] = partial(early, batch_size, True)
-        answers = [work() for work in ways.values()]                # the warm-up
-        formula = L / answers[1][1].double().mean().item()
-        seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(rounds)]
-        medians = [statistics.median(column) for column in zip(*seconds)]
-        for way, median in zip(ways, medians):
-            ratio, promised = medians[0] / median, 1 if way == "full depth" else formula
-            print(f"| {batch_size} | {way} | {len(inputs) / median:.1f} | {ratio:.2f} | {promised:.2f} | "
-                  f"{ratio / promised:.2f} |")
+            if settings.precision not in (None, precision):
+                continue
+            mean_layer = early(32, False)[1].double().mean().item()
+            print_table(f"exit by {criterion} at {mean_layer:.2f} of {L}",
+                        ("batch", "way", "rows/s", "against full depth", "over L / mean layer"), [])
+            for batch_size in (1, 8, 32, 128):
+                ways = {"full depth": partial(all_layers, model, inputs, batch_size, precision),
+                        "early exit": partial(early, batch_size, False)}
+                if model.encoder.shared:
+                    ways["depth-wise"] = partial(early, batch_size, True)
+                seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(1 + rounds)]
+                medians = [statistics.median(column[1:]) for column in zip(*seconds)]   # after the warm-up
+                for way, median in zip(ways, medians):
+                    ratio = medians[0] / median
+                    print(f"| {batch_size} | {way} | {len(inputs) / median:.1f} | {ratio:.2f} | "
+                          f"{ratio * mean_layer / L:.2f} |")
