@@ -43,17 +43,16 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
     """A table of every exit of a run on a split. Scores and layers are those of one pass of full depth. Then
     each exit runs for real and is timed, and the rows are counted that leave elsewhere than that pass says.
     as_json: the exit that is asked about is an object on stdout, and the table is on stderr."""
-    splits, L, out = read_splits(settings, tokenizer, split), model.num_layers, sys.stdout
-    if as_json:
-        out = sys.stderr
+    splits, L = read_splits(settings, tokenizer, split), model.num_layers
+    out = sys.stderr if as_json else sys.stdout
     inputs = [row for rows, _ in splits.values() for row in rows]
     sizes = [len(rows) for rows, _ in splits.values()]
 
-    def warm_timed(work):
-        work(inputs[:batch_size])
+    def measure(work):
+        work(inputs[:batch_size])                                   # every way runs once before it is timed
         return timed(model, lambda: work(inputs))
 
-    whole_seconds, arrays = warm_timed(lambda rows: all_layers(model, rows, batch_size, settings.precision))
+    whole_seconds, arrays = measure(lambda rows: all_layers(model, rows, batch_size, settings.precision))
     labels = [labels for _, labels in splits.values()]
     parts = [*zip(*(array.split(sizes) for array in arrays), labels, splits)]
     print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
@@ -61,8 +60,8 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
     for name in settings.exits:
         seconds, differ = whole_seconds, 0
         if name != "expectation":                                   # which needs every layer
-            early = warm_timed(lambda rows: predict_all(model, settings, name, rows, batch_size))
-            seconds, (_, layers) = early
+            seconds, (_, layers) = measure(
+                lambda rows: predict_all(model, settings, name, rows, batch_size))
             differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
         found = paper.mean_of([paper.exit_result(name, settings, *part) for part in parts])
         print(f"{'>' if name == criterion else ' '} {exit_name(settings, name):<15} {found['score']:>6.1f} "
@@ -207,7 +206,7 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
     "text": (str, "text", "explain one input"),
     "input": (str, "input", "answer a file; its header has sentence, or sentence1 and sentence2"),
     "sweep": (None, "sweep", "each threshold, every fixed layer, and what choosing rows is worth"),
-    "bench": (None, "bench", "examples per second of every way of inference"),
+    "bench": (None, "bench", "rows a second by every way, in float32 and bf16, and a layer's FLOP/s"),
     "table": (None, "table", "Tables 1 to 3 and every system that was run, in Markdown"),
     "plot": (paper.FIGURES, "plot", "Fig. 2, 3, 4, 5, or parity's"),
     "submit": (str, "submit", "write the zip for GLUE's server, of one system"),

@@ -209,8 +209,8 @@ def print_table(title, columns, rows):
 
 
 def paper_table(found, title, table, column=0):
-    """The rows of a paper's table whose encoders were run on GLUE, and under each dev row ours for each
-    model; Tables 2 and 3 have medians, and their mean over tasks"""
+    """The rows of a paper's table whose encoders were run on GLUE, and under each dev row ours of each model;
+    Tables 2 and 3 have medians"""
     rows, median = [], table is TABLES_2_3
     tasks = list(NAMES) if median else ["sst2", "rte", "cola"]
     encoders = {model: runs[0].encoder for (model, _), by_task in found.items()
@@ -219,20 +219,13 @@ def paper_table(found, title, table, column=0):
         name, system, *numbers = line.split(": ")
         encoder = "roberta" if "RoBERTa" in name else "albert"
         models = [model for model in encoders if encoders[model] == encoder]
-        if not models or column == len(numbers):
-            continue
-        paper = numbers[column].split()
-        rows.append([name, "paper", *paper])
-        if median:
-            rows[-1].append(f"{statistics.mean(map(float, paper)):.1f}")
+        if models and column < len(numbers):
+            rows.append([name, "paper", *numbers[column].split()])
         for model in models if column == 0 else ():
             ours = [found.get((model, system), {}).get(task) for task in tasks]
             rows.append(["", f"ours, {model}", *(cell(runs, median=median) for runs in ours)])
-            if median and all(ours):
-                medians = [statistics.median(run.score for run in runs) for runs in ours]
-                rows[-1].append(f"{statistics.mean(medians):.1f}")
     if rows:
-        print_table(title, ["row", "whose", *(NAMES[task] for task in tasks), "mean"][:len(rows[0])], rows)
+        print_table(title, ["row", "whose", *(NAMES[task] for task in tasks)], rows)
 
 
 def print_tables(root):
@@ -385,7 +378,8 @@ def draw_negations(figure, runs, read):
     for n in k.unique().tolist():
         layer, at_exit, at_1, *cdf = mean[k == n].mean(0).tolist()
         left.plot(range(1, len(cdf) + 1), cdf, "o-", lw=5 - 1.2 * n, label=n)       # no line hides another
-        right.bar_label(right.bar(n, layer), [f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"])
+        text = f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"
+        right.bar_label(right.bar(n, layer), [text])
     left.axhline(runs[0].settings.q, color="k", ls="--", lw=1, label="q")
     left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=f"n = {len(runs)} seeds")
     left.legend(title="negations")
@@ -420,21 +414,21 @@ def layer_speed(model, B, T, dtype):
             products["oneDNN"] = partial(to_mkldnn(nn.Linear(k, n)), x)
         for name, product in products.items():
             best[name] = max(best.get(name, 0), flops(model, 2 * m * k * n, product))
-    beside = [f"{layer / most:.0%} of {most / 1e9:.0f} by {name}" for name, most in best.items()]
-    return f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {', '.join(beside)} at best"
+    beside = [f"{layer / most:.0%} of {name}'s best {most / 1e9:.0f}" for name, most in best.items()]
+    return f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {', '.join(beside)}"
 
 
 @torch.no_grad()
 def bench(model, settings, tokenizer, criterion, split, rounds=3):
-    """For each precision that the device has: the speed of a layer; and if it is asked for (None: all are) rows
-    a second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
+    """The speed of a layer in each precision that the device has; and in the one that is asked for (None: in
+    each) rows a second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
     device, L = next(model.parameters()).device, model.num_layers
     autocast(device, settings.precision)                            # refuses what the device has not
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))
     T = round(statistics.mean(len(ids) for ids, _ in inputs))
 
-    def early(batch_size, depthwise):
+    def early(batch_size, depthwise=False):
         return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
 
     print(f"{settings.task} {split}: {len(inputs)} rows of {T} tokens; PyTorch {torch.__version__}, "
@@ -448,12 +442,12 @@ def bench(model, settings, tokenizer, criterion, split, rounds=3):
             print(f"\n{precision}: {layer_speed(model, 32, T, dtype)}")
             if settings.precision not in (None, precision):
                 continue
-            mean_layer = early(32, False)[1].double().mean().item()
+            mean_layer = early(32)[1].double().mean().item()
             print_table(f"exit by {criterion} at {mean_layer:.2f} of {L}",
                         ("batch", "way", "rows/s", "against full depth", "over L / mean layer"), [])
             for batch_size in (1, 8, 32, 128):
                 ways = {"full depth": partial(all_layers, model, inputs, batch_size, precision),
-                        "early exit": partial(early, batch_size, False)}
+                        "early exit": partial(early, batch_size)}
                 if model.encoder.shared:
                     ways["depth-wise"] = partial(early, batch_size, True)
                 seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(1 + rounds)]
