@@ -4,11 +4,9 @@ its dev set, with early exit for real; with one of the first flags it does that.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -28,96 +26,91 @@ CHUNK = 4096        # rows of --input that are held at a time
 
 def read_splits(settings, tokenizer, split):
     """{split: (inputs, labels)} of the splits that a name means; MNLI's dev and test are two each"""
-    return {name: read_split(settings, tokenizer, name) for name in splits_of(settings.task, split)}
+    splits = {name: read_split(settings, tokenizer, name) for name in splits_of(settings.task, split)}
+    if any(labels[0] is None for _, labels in splits.values()):
+        raise InputError(f"--split {split}: {settings.task} has no labels there; use --split dev")
+    return splits
 
 
-def exit_statistics(model, settings, splits, batch_size):
-    """{exit: result} over splits {split: (inputs, labels)}. Scores and layers are those of one pass of full
-    depth. Then each exit runs for real and is timed; `differ` counts the rows that leave elsewhere than that
-    pass says. Every way runs once before it is timed."""
-    inputs, results = [row for rows, _ in splits.values() for row in rows], {}
-    whole = functools.partial(all_layers, model, batch_size=batch_size, precision=settings.precision)
-    whole(inputs[:batch_size])
-    full_seconds, (logits, lam) = timed(model, lambda: whole(inputs))
-    sizes = [len(rows) for rows, _ in splits.values()]
-    arrays = [*zip(logits.split(sizes), lam.split(sizes), [labels for _, labels in splits.values()], splits)]
-    for criterion in settings.exits:
-        seconds, differ = full_seconds, 0
-        if criterion != "expectation":                              # which needs every layer
-            early = functools.partial(predict_all, model, settings, criterion, batch_size=batch_size)
-            early(inputs=inputs[:batch_size])
-            seconds, (_, real) = timed(model, lambda: early(inputs=inputs))
-            differ = int((apply_exit(criterion, settings, logits, lam)[1] != real).sum())
-        found = paper.mean_of([paper.exit_result(criterion, settings, *part) for part in arrays])
-        found["metrics"] = paper.mean_of(list(found["metrics"].values()))       # MNLI's two splits as one
-        counts = [round(share * len(inputs), 2) for share in found.pop("histogram")]
-        results[criterion] = {**found, "layers": counts, "differ": differ, "seconds": seconds,
-                              "seconds_full_depth": full_seconds}
-    return results
+def exit_name(settings, criterion):
+    """An exit, and its threshold if it has one"""
+    if criterion not in THRESHOLDS:
+        return criterion
+    return f"{criterion} {getattr(settings, THRESHOLDS[criterion]):g}"
 
 
 def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
-    """The table of every exit of a run on a split; as_json: the chosen one on stdout, the table on stderr"""
-    results = exit_statistics(model, settings, read_splits(settings, tokenizer, split), batch_size)
-    L, out = model.num_layers, sys.stderr if as_json else sys.stdout
+    """A table of every exit of a run on a split. Scores and layers are those of one pass of full depth. Then
+    each exit runs for real and is timed, and the rows are counted that leave elsewhere than that pass says.
+    as_json: the exit that is asked about is an object on stdout, and the table is on stderr."""
+    splits, L = read_splits(settings, tokenizer, split), model.num_layers
+    out = sys.stderr if as_json else sys.stdout
+    inputs = [row for rows, _ in splits.values() for row in rows]
+    sizes = [len(rows) for rows, _ in splits.values()]
+
+    def measure(work):
+        work(inputs[:batch_size])                                   # every way runs once before it is timed
+        return timed(model, lambda: work(inputs))
+
+    whole_seconds, arrays = measure(lambda rows: all_layers(model, rows, batch_size, settings.precision))
+    labels = [labels for _, labels in splits.values()]
+    parts = [*zip(*(array.split(sizes) for array in arrays), labels, splits)]
     print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
           "layers saved  seconds  full depth  faster  rows that differ", file=out)
-    for name, r in results.items():
-        label = f"{name} {getattr(settings, THRESHOLDS[name]):g}" if name in THRESHOLDS else name
-        score = "-" if r["score"] is None else f"{r['score']:.1f}"
-        print(f"{'>' if name == criterion else ' '} {label:<15} {score:>6} {r['mean_layer']:>11.2f} "
-              f"{L / r['mean_layer']:>12.2f}x {r['seconds']:>8.2f} {r['seconds_full_depth']:>11.2f} "
-              f"{r['seconds_full_depth'] / r['seconds']:>6.2f}x {r['differ']:>17}", file=out)
-    if as_json:
-        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "q": settings.q,
-                          **results[criterion]}))
+    for name in settings.exits:
+        seconds, differ = whole_seconds, 0
+        if name != "expectation":                                   # which needs every layer
+            seconds, (_, layers) = measure(
+                lambda rows: predict_all(model, settings, name, rows, batch_size))
+            differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
+        found = paper.mean_of([paper.exit_result(name, settings, *part) for part in parts])
+        print(f"{'>' if name == criterion else ' '} {exit_name(settings, name):<15} {found['score']:>6.1f} "
+              f"{found['mean_layer']:>11.2f} {L / found['mean_layer']:>12.2f}x {seconds:>8.2f} "
+              f"{whole_seconds:>11.2f} {whole_seconds / seconds:>6.2f}x {differ:>17}", file=out)
+        if as_json and name == criterion:
+            found["metrics"] = paper.mean_of(list(found["metrics"].values()))   # MNLI's two splits as one
+            found["layers"] = [round(share * len(inputs), 2) for share in found.pop("histogram")]
+            asked = {"task": settings.task, "split": split, "exit": name, "q": settings.q, "differ": differ}
+            print(json.dumps(asked | found | {"seconds": seconds, "seconds_full_depth": whole_seconds}))
 
 
-def print_sweep(model, settings, tokenizer, criterion, split, batch_size, as_json):
+def print_sweep(model, settings, tokenizer, criterion, split, batch_size):
     """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
     if criterion not in SWEEPS:
-        others = [f"--exit {name}" for name in settings.exits if name in SWEEPS] or ["another run"]
-        raise InputError(f"--sweep: exit {criterion} has no threshold; use {' or '.join(others)}")
-    arrays = {}
-    for name, (inputs, labels) in read_splits(settings, tokenizer, split).items():
-        if labels[0] is None:
-            raise InputError(f"--split {split}: {settings.task} {name} has no labels; use --split dev")
-        arrays[name] = *all_layers(model, inputs, batch_size, settings.precision), labels
-    study = paper.study(settings, arrays)
-    rows, fixed, oracle = study["sweep"][criterion], study["by_layer"], study["oracle"]
-    if as_json:
-        print(json.dumps({"task": settings.task, "split": split, "exit": criterion, "rows": rows,
-                          "by_layer": fixed, "oracle": oracle}))
-        return
+        others = " or ".join(name for name in settings.exits if name in SWEEPS) or "that of another run"
+        raise InputError(f"--sweep: exit {criterion} has no threshold; use --exit {others}")
+    arrays = {name: (*all_layers(model, inputs, batch_size, settings.precision), labels)
+              for name, (inputs, labels) in read_splits(settings, tokenizer, split).items()}
+    found = paper.study(settings, arrays)
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
-    for row in rows:
+    for row in found["sweep"][criterion]:
         print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
               f"{row['dealt']:>34.1f}")
-    print(f"\nevery fixed layer, 1 to {len(fixed)}: {' '.join(f'{score:.1f}' for score in fixed)}\n"
+    fixed, oracle = " ".join(f"{score:.1f}" for score in found["by_layer"]), found["oracle"]
+    print(f"\nevery fixed layer, from 1 on: {fixed}\n"
           f"the first right layer of each row: {oracle['score']:.1f} at {oracle['mean_layer']:.2f}")
 
 
 # ---- sentences ----
 
 def criterion_values(criterion, settings, logits, lam):
-    """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, a value for each layer, the
-    value at which it stops, or None. The last layer's exit looks at nothing; the entropy stands there."""
-    L = lam.shape[1]
-    rule, stop = make_rule(criterion, settings, L), getattr(settings, THRESHOLDS.get(criterion, ""), None)
-    state = rule.start(1, L, lam.device)
+    """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, and a value for each layer.
+    The last layer's exit looks at nothing; the entropy stands there."""
+    rule = make_rule(criterion, settings, lam.shape[1])
+    state = rule.start(1, lam.shape[1], lam.device)
     if criterion == "q":
-        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist(), stop
+        return "CDF", exit_distribution(lam)[0].cumsum(0).tolist()
     if criterion == "sample":
-        return "u < lambda", state[0][0].tolist(), None
+        return "u < lambda", state[0][0].tolist()
     if criterion == "learned":
-        return "certainty", lam[0].tolist(), stop
+        return "certainty", lam[0].tolist()
     if criterion == "patience":
         agreed = []
-        for i in range(L):
+        for i in range(lam.shape[1]):
             state, _ = rule.step(state, torch.tensor([i + 1]), lam[:, i], logits[:, i])
             agreed.append(int(state[1]))
-        return "agreed", agreed, stop
-    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist(), stop
+        return "agreed", agreed
+    return "entropy", torch.special.entr(logits[0].softmax(1)).sum(1).tolist()
 
 
 def worded(task, outputs, are_logits=True):
@@ -139,11 +132,12 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
     ids, segments = tokenizer.encode(text_a, text_b, settings.max_length)
     logits, lam = all_layers(model, [(ids, segments)], precision=settings.precision)
     p, layer = exit_distribution(lam)[0], int(apply_exit(criterion, settings, logits, lam)[1])
-    name, values, stop = criterion_values(criterion, settings, logits, lam)
-    predictions = [word if p is None else f"{word} ({p:.0%})" for word, p in worded(task, logits[0])]
-    threshold, ponders = "" if stop is None else f", threshold {stop:g}", "q" in settings.exits
+    name, values = criterion_values(criterion, settings, logits, lam)
+    predictions = [word if share is None else f"{word} ({share:.0%})"
+                   for word, share in worded(task, logits[0])]
+    ponders = "q" in settings.exits                                 # else there is no p, and lambda is 0
     print(f"{' '.join(tokenizer.tokens(ids))}\n"
-          f"{predictions[layer - 1]} at layer {layer} of {L}, by {criterion} exit{threshold}\n")
+          f"{predictions[layer - 1]} at layer {layer} of {L}, by exit {exit_name(settings, criterion)}\n")
     print(f"layer  {' lambda      p' if ponders else ''} {name:>10}  prediction")
     for i, value in enumerate(values):
         method = f"{lam[0, i]:>7.3f} {p[i]:>6.3f}" if ponders else ""
@@ -159,8 +153,9 @@ def predict_rows(model, settings, inputs, criterion, batch_size):
 
 def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
     """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
-    task, started, done = get_task(settings.task), time.time(), 0
-    total, rows = sum(1 for _ in read_inputs(path, settings.task)), read_inputs(path, settings.task)
+    task, done = get_task(settings.task), 0
+    total = sum(1 for _ in read_inputs(path, settings.task))        # a bad row ends it before any work
+    rows = read_inputs(path, settings.task)
     target = contextlib.nullcontext(sys.stdout.buffer) if output is None else atomic_write(Path(output))
     with target as file:
         file.write(b"value\tlayer\n" if task.num_labels == 1 else b"label\tprobability\tlayer\n")
@@ -171,8 +166,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
             for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
             done += len(chunk)
-            pace = (time.time() - started) / done
-            say(f"{done} of {total} rows, {1 / pace:.0f} a second, {pace * (total - done):.0f} s to go")
+            say(f"{done} of {total} rows")
         file.flush()
 
 
@@ -181,7 +175,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
 def submit(path, root, method, model, device, batch_size, changed):
     """The zip for GLUE's server of one system, with one model: the best seed on dev of each task. MNLI's run
     predicts AX, too. All files are read before anything is predicted."""
-    best, jobs, predictions = {}, [], {}
+    best, predictions = {}, {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
         if method in members and any(task == other for other, _ in SUBMISSION.values()):
             best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
@@ -189,17 +183,18 @@ def submit(path, root, method, model, device, batch_size, changed):
     if name not in best:
         raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
                          f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
-    for run in best[name]:
-        settings = dataclasses.replace(run.settings, **changed)
-        tasks = ("mnli", "ax") if settings.task == "mnli" else (settings.task,)
-        files = {key: load(*key, settings.data_dir) for key in SUBMISSION.values() if key[0] in tasks}
-        jobs.append((run, settings, files))
-    for run, settings, files in jobs:
-        say(f"{run.folder}, dev {run.score:.1f} by {settings.exit}")
+    runs = {run.settings.task: run for run in best[name]}
+    if "mnli" in runs:
+        runs["ax"] = runs["mnli"]
+    chosen = {key: dataclasses.replace(runs[key[0]].settings, **changed)
+              for key in SUBMISSION.values() if key[0] in runs}
+    files = {key: load(*key, settings.data_dir) for key, settings in chosen.items()}
+    for key, settings in chosen.items():
+        run = runs[key[0]]
+        say(f"{' '.join(key)}: {run.folder}, dev {run.score:.1f} by {settings.exit}")
         _, tokenizer, model = load_run(run.folder, device)
-        for key, examples in files.items():
-            inputs = tokenizer.encode_all(examples, settings.max_length)
-            predictions[key] = answers(predict_rows(model, settings, inputs, settings.exit, batch_size)[0])
+        inputs = tokenizer.encode_all(files[key], settings.max_length)
+        predictions[key] = answers(predict_rows(model, settings, inputs, settings.exit, batch_size)[0])
     missing = ", ".join(write_submission(path, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
@@ -211,9 +206,9 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
     "text": (str, "text", "explain one input"),
     "input": (str, "input", "answer a file; its header has sentence, or sentence1 and sentence2"),
     "sweep": (None, "sweep", "each threshold, every fixed layer, and what choosing rows is worth"),
-    "bench": (None, "bench", "examples per second of every way of inference"),
+    "bench": (None, "bench", "rows a second by every way, in float32 and bf16, and a layer's FLOP/s"),
     "table": (None, "table", "Tables 1 to 3 and every system that was run, in Markdown"),
-    "plot": (("q", "speedup", "prior", "distribution", "negations"), "plot", "Fig. 2, 3, 4, 5, or parity's"),
+    "plot": (paper.FIGURES, "plot", "Fig. 2, 3, 4, 5, or parity's"),
     "submit": (str, "submit", "write the zip for GLUE's server, of one system"),
     "run": (str, ONE, "name or folder of the run [the newest]"),
     "exit": (str, ONE, "the exit that is asked about [the run's own, or that of a given threshold]"),
@@ -222,7 +217,7 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
     "entropy": (float, "report text input bench", "threshold of entropy exit in nats [the run's]"),
     "certainty": (float, "report text input bench", "threshold of BERxiT's exit [the run's]"),
     "split": (str, "report bench sweep", "dev, test or train [dev]"),
-    "json": (None, "report sweep", "one JSON object on stdout, all else on stderr"),
+    "json": (None, "report", "one JSON object on stdout, all else on stderr"),
     "text_b": (str, "text", "the second text, for tasks of pairs"),
     "output": (str, "input", "the file of the answers [stdout]"),
     "runs": (str, "table plot submit", "the folder of all runs, or of their run.json files [runs]"),
@@ -240,20 +235,17 @@ def parse_flags(argv):
     """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does
     not read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
-    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
     for name, (kind, _, meaning) in FLAGS.items():
-        more = {"type": kind, "metavar": "X"}
+        more = {"choices": kind} if kind == paper.FIGURES else {"type": kind, "metavar": "X"}
         if kind is None:
             more = {"action": "store_true"}
-        elif isinstance(kind, tuple):
-            more = {"choices": kind}
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
     given = vars(parser.parse_args(argv))
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:
+        others = " or ".join(flag(other) for other in FLAGS[name][1].split())
+        where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
         if use not in FLAGS[name][1].split():
-            others = " or ".join(flag(other) for other in FLAGS[name][1].split())
-            where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
             raise InputError(f"{flag(name)} does nothing {where}")
     names = {field.name for field in dataclasses.fields(Settings)}
     make_settings(**{name: value for name, value in given.items() if name in names})
@@ -296,7 +288,7 @@ def main(argv=None):
     elif use == "bench":
         paper.bench(*asked, split)
     elif use == "sweep":
-        print_sweep(*asked, split, batch_size, as_json)
+        print_sweep(*asked, split, batch_size)
     else:
         report(*asked, split, batch_size, as_json)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from checkpoint import InputError, atomic_write, read_json
-from fast import pad
-from glue import buckets, load, negations
-from ponder import FixedExit, exit_distribution, geometric_prior
+from glue import load, negations
+from ponder import exit_distribution, geometric_prior
 from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
                  changed_settings, device_name, load_run, make_rule, make_settings, read_split, say, scores,
                  splits_of, timed)
@@ -23,9 +23,7 @@ from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers
 # ---- what one pass of full depth tells ----
 
 def mean_of(trees):
-    """Dicts and lists of one form -> that form with the means; a key that some lack is the others' mean."""
-    if trees[0] is None:
-        return None
+    """Dicts and lists of one form -> that form with the means, of a key over the trees that have it"""
     if isinstance(trees[0], dict):
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: mean_of([tree[key] for tree in trees if key in tree]) for key in keys}
@@ -35,25 +33,24 @@ def mean_of(trees):
 
 
 def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,): the share of
-    rows that exit at each layer, dealt: the score if the same layers go to random rows, which an exit that
-    chooses its rows well beats. All are means of DRAWS draws; without labels the scores are None."""
+    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,) of exits, and
+    dealt: the score if the same layers go to random rows, which a good choice of rows beats. All are means of
+    DRAWS draws."""
     draws, (N, L) = [], lam.shape
     for draw in range(DRAWS):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
         order = torch.randperm(N, generator=torch.Generator().manual_seed(draw))
-        metrics, dealt = {"score": None}, {"score": None}
-        if labels[0] is not None:
-            metrics = scores(settings.task, outputs, labels)
-            dealt = scores(settings.task, logits[torch.arange(N), layers[order] - 1], labels)
+        dealt = logits[torch.arange(N), layers[order] - 1]
+        metrics = scores(settings.task, outputs, labels)
         shares = torch.bincount(layers, minlength=L + 1)[1:].double() / N
-        draws.append({"score": metrics.pop("score"), "metrics": {split: metrics}, "dealt": dealt["score"],
+        draws.append({"score": metrics.pop("score"), "metrics": {split: metrics},
+                      "dealt": scores(settings.task, dealt, labels)["score"],
                       "mean_layer": layers.double().mean().item(), "histogram": shares.tolist()})
     return mean_of(draws)
 
 
 def oracle_layers(logits, labels):
-    """(N,) the first layer that is right, L where none is; for regression the layer with the least error."""
+    """(N,) the first layer that is right, L where none is; for regression the layer with the least error"""
     if logits.shape[2] == 1:
         return (logits[:, :, 0] - labels[:, None]).abs().argmin(1) + 1
     right = logits.argmax(2) == labels[:, None]                     # (N,L)
@@ -77,10 +74,10 @@ def study(settings, splits):
                 row |= {criterion: value, "speed_up": L / result["mean_layer"]}
                 sweep.setdefault(criterion, []).append(row)
         best = oracle_layers(logits, torch.tensor(labels))
-        chosen = [logits[:, i] for i in range(L)] + [logits[torch.arange(N), best - 1]]
+        chosen = [*logits.unbind(1), logits[torch.arange(N), best - 1]]
         *by_layer, oracle = [scores(settings.task, outputs, labels)["score"] for outputs in chosen]
-        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer,
-                      "oracle": {"score": oracle, "mean_layer": best.double().mean().item()}})
+        oracle = {"score": oracle, "mean_layer": best.double().mean().item()}
+        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
     return mean_of(trees)
 
 
@@ -103,36 +100,32 @@ def system_of(settings):
     return ", ".join([settings.method, *(f"{name} {getattr(settings, name)}" for name in changed)])
 
 
-def read_result(values, folder):
-    """The dict of a finished run.json -> Run, and what the seeds of one set of settings share"""
-    settings = make_settings(**values["settings"])
-    score = values["dev"][settings.exit]["score"]
-    run = Run(folder, settings, score, *(values[name] for name in Run._fields[3:]))
-    for criterion in run.dev:
-        cell([run], criterion)                              # fails here if it cannot be printed
-    one_set = dataclasses.replace(settings, seed=0, **dict.fromkeys(PLACE))
-    return run, (one_set, str([values.get("data"), values.get("model")]))               # their sha256
-
-
 def cells(root):
     """{(model, system): {task: runs}} of root/*/run.json and root/*.json, the one rule for tables, figures
-    and submissions: the runs of a cell are the seeds of ONE set of settings, the set with the most seeds,
-    then the best mean. Of equal settings the newest counts. A damaged file is named and passed over."""
+    and submissions: the runs of a cell are the seeds of ONE set of settings, precision, data and model, the
+    set with the most seeds, then the best mean. Of equal settings the newest counts. A damaged file is named
+    and passed over."""
     sets, found, paths = {}, {}, [*root.glob("*/run.json"), *root.glob("*.json")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
             values = read_json(path)
-            if not values["finished"] or values["settings"]["max_steps"] is not None:       # is no result
+            settings = make_settings(**values["settings"])
+            if not values["finished"] or settings.max_steps is not None:                # is no result
                 continue
-            run, one_set = read_result(values, path.parent)
-        except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
+            score = values["dev"][settings.exit]["score"]
+            run = Run(path.parent, settings, score, *(values[name] for name in Run._fields[3:]))
+            for criterion in run.dev:
+                cell([run], criterion)                      # fails here if it cannot be printed
+            # Where and how a run was made changes nothing; the precision is the one that was really used.
+            rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
+            one_set = dataclasses.replace(settings, **rest), str([values.get("data"), values.get("model")])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error})")
             continue
-        model, order = Path(run.settings.model).name, ORDER.index(run.settings.method)
-        key = model, order, system_of(run.settings), run.settings.task
-        sets.setdefault(key, {}).setdefault(one_set, {})[run.settings.seed] = run
-    for model, order, system, task in sorted(sets):
-        choices = [list(seeds.values()) for seeds in sets[model, order, system, task].values()]
+        key = Path(settings.model).name, ORDER.index(settings.method), system_of(settings), settings.task
+        sets.setdefault(key, {}).setdefault(one_set, {})[settings.seed] = run
+    for (model, _, system, task), choices in sorted(sets.items()):
+        choices = [list(seeds.values()) for seeds in choices.values()]
         best = max(choices, key=lambda runs: (len(runs), statistics.mean(run.score for run in runs)))
         found.setdefault((model, system), {})[task] = best
     return found
@@ -143,14 +136,22 @@ def main_cells(found):
     the one nearest the preset, then the one with the most seeds"""
     best, chosen = {}, {}
     for (model, system), by_task in found.items():
-        method = system.split(",")[0]
-        rank = len(by_task), -system.count(","), sum(len(runs) for runs in by_task.values())
-        if rank > best.get((model, method), [()])[0]:
-            best[model, method] = rank, by_task
-    for (model, method), (_, by_task) in best.items():
-        for task, runs in by_task.items():
+        rank = len(by_task), -system.count(","), sum(map(len, by_task.values()))
+        best.setdefault((model, system.split(",")[0]), []).append((rank, by_task))
+    for (model, method), systems in best.items():
+        for task, runs in max(systems, key=lambda system: system[0])[1].items():
             chosen.setdefault((task, model), {})[method] = runs
     return chosen
+
+
+def prior_cells(found):
+    """{(task, model): {prior: runs}} of PALBERT with no other change, where there are priors to compare"""
+    panels = {}
+    for (model, system), by_task in found.items():
+        if re.fullmatch("palbert(, prior [^,]+)?", system):
+            for task, runs in by_task.items():
+                panels.setdefault((task, model), {})[runs[0].settings.prior] = runs
+    return {key: dict(sorted(priors.items())) for key, priors in panels.items() if len(priors) > 1}
 
 
 # ---- tables ----
@@ -208,8 +209,8 @@ def print_table(title, columns, rows):
 
 
 def paper_table(found, title, table, column=0):
-    """The rows of a paper's table whose encoders were run on GLUE, and under each dev row ours for each
-    model; Tables 2 and 3 have medians, and their mean over tasks"""
+    """The rows of a paper's table whose encoders were run on GLUE, and under each dev row ours of each model;
+    Tables 2 and 3 have medians"""
     rows, median = [], table is TABLES_2_3
     tasks = list(NAMES) if median else ["sst2", "rte", "cola"]
     encoders = {model: runs[0].encoder for (model, _), by_task in found.items()
@@ -218,19 +219,13 @@ def paper_table(found, title, table, column=0):
         name, system, *numbers = line.split(": ")
         encoder = "roberta" if "RoBERTa" in name else "albert"
         models = [model for model in encoders if encoders[model] == encoder]
-        if not models or column == len(numbers):
-            continue
-        rows.append([name, "paper", *numbers[column].split()])
-        if median:
-            rows[-1].append(f"{statistics.mean(map(float, numbers[column].split())):.1f}")
+        if models and column < len(numbers):
+            rows.append([name, "paper", *numbers[column].split()])
         for model in models if column == 0 else ():
             ours = [found.get((model, system), {}).get(task) for task in tasks]
             rows.append(["", f"ours, {model}", *(cell(runs, median=median) for runs in ours)])
-            if median and all(ours):
-                medians = [statistics.median(run.score for run in runs) for runs in ours]
-                rows[-1].append(f"{statistics.mean(medians):.1f}")
     if rows:
-        print_table(title, ["row", "whose", *(NAMES[task] for task in tasks), "mean"][:len(rows[0])], rows)
+        print_table(title, ["row", "whose", *(NAMES[task] for task in tasks)], rows)
 
 
 def print_tables(root):
@@ -263,16 +258,16 @@ CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
 )
 
 
+FIGURES = ("q", "speedup", "prior", "distribution", "negations")    # Figs. 2 to 5; parity's own
+
+
 def plot(kind, root, out, device, batch_size, changed):
     """One of the figures below over the runs under root, as out or root/KIND.png; models are read with the
     settings `changed`: the folder of the data, the precision"""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import figure, style
     except ImportError:
         raise InputError("--plot: matplotlib is not installed, and draws; pip install matplotlib") from None
-    pyplot.style.use("seaborn-v0_8-whitegrid")
 
     def read(run, split):
         """(labels, logits, lam) of the run's model over a split"""
@@ -282,51 +277,40 @@ def plot(kind, root, out, device, batch_size, changed):
         inputs, labels = read_split(settings, tokenizer, split)
         return labels, *all_layers(model, inputs, batch_size, settings.precision)
 
-    panels = prior_cells(cells(root)) if kind == "prior" else main_cells(cells(root))
-    if kind in ("distribution", "negations"):
+    found = cells(root)
+    panels, draw = main_cells(found), partial(draw_curves, kind=kind)
+    if kind == "prior":
+        panels, draw = prior_cells(found), draw_priors
+    elif kind in ("distribution", "negations"):
         panels = {key: members["palbert"] for key, members in panels.items() if "palbert" in members
                   and (key[0] == "parity" or kind == "distribution")}
+        draw = partial(draw_distribution, read=read)
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
-    if kind == "distribution":
-        figure = plot_distribution(pyplot, panels, read)
-    elif kind == "negations":
-        figure = plot_negations(pyplot, list(panels.values())[-1], read)
+    style.use("seaborn-v0_8-whitegrid")
+    drawn = figure.Figure(layout="constrained")
+    if kind == "negations":
+        draw_negations(drawn, list(panels.values())[-1], read)
     else:
-        figure = plot_panels(pyplot, panels, kind)
+        draw_panels(drawn, panels, draw)
     out = Path(out or root / f"{kind}.png")
     with atomic_write(out) as file:
-        figure.savefig(file, dpi=150, format="png")
-    pyplot.close(figure)
+        drawn.savefig(file, dpi=150, format="png")
     print(out)
 
 
-def prior_cells(found):
-    """{(task, model): {prior: runs}} of PALBERT with no other change, where there are priors to compare"""
-    panels = {}
-    for (model, system), by_task in found.items():
-        if re.fullmatch("palbert(, prior [^,]+)?", system):
-            for task, runs in by_task.items():
-                panels.setdefault((task, model), {})[runs[0].settings.prior] = runs
-    return {key: dict(sorted(panels[key].items())) for key in panels if len(panels[key]) > 1}
-
-
-def plot_panels(pyplot, panels, kind):
-    """Figs. 2, 3 and 4: a panel for each task and model, from run.json alone, without the model"""
+def draw_panels(figure, panels, draw):
+    """A panel for each task and model, drawn by draw(axis, its runs), and one legend"""
     columns, legend = min(2, len(panels)), {}
     height = -(-len(panels) // columns)
-    figure = pyplot.figure(figsize=(4.8 * columns, 3.1 * height), layout="constrained")
-    for n, ((task, model), members) in enumerate(panels.items()):
+    figure.set_size_inches(4.8 * columns, 3.1 * height)
+    for n, ((task, model), runs) in enumerate(panels.items()):
         axis = figure.add_subplot(height, columns, n + 1, title=f"{NAMES.get(task, task)}, {model}")
-        if kind == "prior":
-            draw_priors(axis, members)
-        else:
-            draw_curves(axis, members, kind)
+        draw(axis, runs)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     if legend:
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
-    return figure
 
 
 def draw_curves(axis, members, kind):
@@ -338,7 +322,7 @@ def draw_curves(axis, members, kind):
         runs = [run for run in members.get(method, ()) if criterion in run.sweep]
         if not runs or (kind == "q" and criterion != "q"):
             continue
-        label = ", ".join([label, *system_of(runs[0].settings).split(", ")[1:], f"n = {len(runs)}"])
+        label = f"{system_of(runs[0].settings).replace(method, label)}, n = {len(runs)}"
         rows = mean_of([run.sweep[criterion] for run in runs])
         places, mean = [row[x] for row in rows], np.array([row["score"] for row in rows])
         axis.plot(places, mean, color=colour, marker=marker, markersize=4, label=label)
@@ -360,81 +344,51 @@ def draw_curves(axis, members, kind):
 def draw_priors(axis, members):
     """Fig. 4: the share of dev rows that exit at each layer, a line for each prior, with its dev score"""
     results = [mean_of([run.dev["q"] for run in runs]) for runs in members.values()]
-    shares = 100 * np.array([result["histogram"] for result in results])               # (priors, L)
+    shares = 100 * np.array([result["histogram"] for result in results])        # (priors,L)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=150, aspect="auto")          # no blue too dark for text
     for y, x in np.argwhere(shares.round()):
         axis.text(x, y, f"{shares[y, x]:.0f}%", ha="center", va="center")
     labels = [f"λ {prior:g}: {result['score']:.1f}" for prior, result in zip(members, results)]
-    axis.set(xlabel="exit layer", ylabel="prior: dev score")
+    axis.set(xlabel="exit layer", ylabel="prior: dev score", yticks=range(len(labels)), yticklabels=labels)
     axis.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
-    axis.set_yticks(range(len(labels)), labels)
     axis.grid(False)
 
 
-def plot_distribution(pyplot, panels, read):
-    """Fig. 5: mean p(i|x) over the training set by task, means over all seeds, and the prior"""
-    figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+def draw_distribution(axis, runs, read):
+    """Fig. 5: p(i|x), mean over the training set and over all seeds, and the prior"""
+    p = torch.stack([exit_distribution(read(run, "train")[2]).mean(0) for run in runs]).mean(0)     # (L,)
+    layers, prior = range(1, len(p) + 1), runs[0].settings.prior
+    axis.plot(layers, p, "o-", label="PALBERT")
+    axis.plot(layers, geometric_prior(prior, len(p)), "k--", lw=1, label=f"prior {prior:g}")
     axis.set(xlabel="layer i", ylabel="mean p(i|x), training set")
-    priors = {}
-    for (task, model), runs in panels.items():
-        p = torch.stack([exit_distribution(read(run, "train")[2]).mean(0) for run in runs]).mean(0)
-        layers, prior = range(1, len(p) + 1), runs[0].settings.prior
-        axis.plot(layers, p, marker="o", label=f"{NAMES.get(task, task)}, {model}")
-        priors[f"prior {prior:g}, L = {len(p)}"] = layers, geometric_prior(prior, len(p))
-    for label, line in priors.items():
-        axis.plot(*line, "k--", linewidth=1, label=label)
-    axis.legend()
-    return figure
 
 
-def plot_negations(pyplot, runs, read):
+def draw_negations(figure, runs, read):
     """parity by the number of nested negations, means over all seeds: cumulative exit probability, mean exit
     layer, and accuracy at the exit beside that of layer 1"""
+    figure.set_size_inches(10, 3.6)
+    left, right = figure.subplots(1, 2)
     k, tables = torch.tensor([negations(example.text_b) for example in load("parity", "dev")]), []
     for run in runs:
         labels, logits, lam = read(run, "dev")
         outputs, layers = apply_exit("q", run.settings, logits, lam)
-        right = torch.stack([outputs, logits[:, 0]], 1).argmax(2) == torch.tensor(labels)[:, None]  # (N,2)
-        table = torch.cat([layers[:, None], 100 * right, exit_distribution(lam).cumsum(1)], 1)  # (N,3+L)
-        tables.append(torch.stack([table[k == n].mean(0) for n in k.unique()]))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for n, row in zip(k.unique().tolist(), torch.stack(tables).mean(0).tolist()):
-        layer, at_exit, at_1, *cdf = row
+        hits = torch.stack([outputs, logits[:, 0]], 1).argmax(2) == torch.tensor(labels)[:, None]  # (N,2)
+        tables.append(torch.cat([layers[:, None], 100 * hits, exit_distribution(lam).cumsum(1)], 1))
+    mean = torch.stack(tables).mean(0)                                                          # (N,3+L)
+    for n in k.unique().tolist():
+        layer, at_exit, at_1, *cdf = mean[k == n].mean(0).tolist()
         left.plot(range(1, len(cdf) + 1), cdf, "o-", lw=5 - 1.2 * n, label=n)       # no line hides another
-        bars = right.bar(n, layer)
-        right.bar_label(bars, [f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"])
+        text = f"layer {layer:.2f}\n{at_exit:.0f}% right\n(layer 1: {at_1:.0f}%)"
+        right.bar_label(right.bar(n, layer), [text])
     left.axhline(runs[0].settings.q, color="k", ls="--", lw=1, label="q")
     left.set(xlabel="layer", ylabel="mean cumulative exit probability", title=f"n = {len(runs)} seeds")
     left.legend(title="negations")
     right.set(xlabel="nested negations", ylabel="mean exit layer", xticks=k.unique().tolist())
     right.margins(y=0.3)                                                            # room for the labels
     right.grid(False)
-    return figure
 
 
 # ---- speed ----
-
-def full_depth(model, inputs, batch_size):
-    """The plain model: every layer whole, then pool and classifier; logits (N,C) in the order of batches"""
-    L, device, outputs = model.num_layers, next(model.parameters()).device, []
-    for batch in buckets([len(ids) for ids, _ in inputs], batch_size):
-        ids, mask, segments = pad([inputs[row] for row in batch], model.encoder, device)
-        h = model.encoder.embed(ids, segments)
-        for i in range(1, L + 1):
-            h = model.encoder.layer(i, h, mask)
-        pooled = model.encoder.pool(h)
-        outputs.append(model.heads(torch.full((len(batch),), L, device=device), pooled, pooled)[0])
-    return torch.cat(outputs)
-
-
-def released_way(model, inputs, layers):
-    """The released code's inference: one row at a time, padded to 128, down to its exit; logits (N,C)"""
-    device, outputs = next(model.parameters()).device, []
-    for row, layer in zip(inputs, layers.tolist()):
-        batch = pad([row], model.encoder, device, 128)
-        outputs.append(model.predict(*batch, FixedExit(layer))[0])
-    return torch.cat(outputs)
-
 
 def flops(model, operations, work):
     """FLOP/s of work(); calls that take 0.2 s lie between two waits for the device, or those would count"""
@@ -445,47 +399,60 @@ def flops(model, operations, work):
     return operations * calls / seconds
 
 
-def flops_of_layer(model, B, T, dtype):
-    """What one layer on (B,T) reaches, beside the best product that the device gives in the dtype"""
+def layer_speed(model, B, T, dtype):
+    """What one layer on (B,T) reaches, beside the best products that the device gives in the dtype: torch.mm,
+    which on a CPU in float32 is MKL's, and there oneDNN's, too"""
+    from torch.utils.mkldnn import to_mkldnn    # here, because PyTorch warns of what it imports
     H, F = model.encoder.hidden_size, model.encoder.config.intermediate_size
     new = partial(torch.randn, device=next(model.parameters()).device, dtype=dtype)
-    h, mask, best = new(B, T, H), new(B, T) < float("inf"), 0
+    h, mask, best = new(B, T, H), new(B, T) < float("inf"), {}
     layer = flops(model, 2 * B * T * H * (4 * H + 2 * F + 2 * T), lambda: model.encoder.layer(1, h, mask))
     for m, k, n in ((B * T, H, F), (B * T, F, H), (1024, 1024, 1024), (2048, 2048, 2048)):
-        best = max(best, flops(model, 2 * m * k * n, partial(torch.mm, new(m, k), new(k, n))))
-    return (f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {layer / best:.0%} of the best product's "
-            f"{best / 1e9:.0f}")
+        x = new(m, k)
+        products = {"torch.mm": partial(torch.mm, x, new(k, n))}
+        if x.device.type == "cpu" and dtype == torch.float32:
+            products["oneDNN"] = partial(to_mkldnn(nn.Linear(k, n)), x)
+        for name, product in products.items():
+            best[name] = max(best.get(name, 0), flops(model, 2 * m * k * n, product))
+    beside = [f"{layer / most:.0%} of {name}'s best {most / 1e9:.0f}" for name, most in best.items()]
+    return f"one layer on {B} x {T}: {layer / 1e9:.0f} GFLOP/s, {', '.join(beside)}"
 
 
 @torch.no_grad()
-def bench(model, settings, tokenizer, criterion, split, rounds=5):
-    """Examples per second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
+def bench(model, settings, tokenizer, criterion, split, rounds=3):
+    """The speed of a layer in each precision that the device has; and in the one that is asked for (None: in
+    each) rows a second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
     device, L = next(model.parameters()).device, model.num_layers
+    autocast(device, settings.precision)                            # refuses what the device has not
     inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))
-    length = statistics.mean(len(ids) for ids, _ in inputs)
+    T = round(statistics.mean(len(ids) for ids, _ in inputs))
 
-    def early(batch_size, depthwise):
+    def early(batch_size, depthwise=False):
         return model.predict_many(inputs, make_rule(criterion, settings, L), batch_size, depthwise)
 
-    with autocast(device, settings.precision):
-        _, layers = early(32, False)
-        mean_layer = layers.double().mean().item()
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        print(f"{settings.task} {split}: {len(inputs)} rows of {length:.1f} tokens, exit by {criterion} at "
-              f"{mean_layer:.2f} of {L}; PyTorch {torch.__version__}, {device_name(device)}, {dtype}")
-        print_table(flops_of_layer(model, 32, round(length), dtype),
-                    ("batch", "way", "examples/s", "against full depth", "over L / mean layer"), [])
-        for batch_size in (1, 8, 32, 128):
-            ways = {"full depth": partial(full_depth, model, inputs, batch_size),
-                    "early exit": partial(early, batch_size, False)}
-            if model.encoder.shared:
-                ways["depth-wise"] = partial(early, batch_size, True)
-            if batch_size == 32:
-                ways["one by one at length 128, as released"] = partial(released_way, model, inputs, layers)
-            seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(1 + rounds)]
-            medians = [statistics.median(column[1:]) for column in zip(*seconds)]   # without the warm-up
-            for way, median in zip(ways, medians):
-                ratio = medians[0] / median
-                over = 1 if way == "full depth" else ratio * mean_layer / L
-                print(f"| {batch_size} | {way} | {len(inputs) / median:.1f} | {ratio:.2f} | {over:.2f} |")
+    print(f"{settings.task} {split}: {len(inputs)} rows of {T} tokens; PyTorch {torch.__version__}, "
+          f"{device_name(device)}")
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        try:
+            context = autocast(device, precision)
+        except InputError:
+            continue
+        with context:
+            print(f"\n{precision}: {layer_speed(model, 32, T, dtype)}")
+            if settings.precision not in (None, precision):
+                continue
+            mean_layer = early(32)[1].double().mean().item()
+            print_table(f"exit by {criterion} at {mean_layer:.2f} of {L}",
+                        ("batch", "way", "rows/s", "against full depth", "over L / mean layer"), [])
+            for batch_size in (1, 8, 32, 128):
+                ways = {"full depth": partial(all_layers, model, inputs, batch_size, precision),
+                        "early exit": partial(early, batch_size)}
+                if model.encoder.shared:
+                    ways["depth-wise"] = partial(early, batch_size, True)
+                seconds = [[timed(model, work)[0] for work in ways.values()] for _ in range(1 + rounds)]
+                medians = [statistics.median(column[1:]) for column in zip(*seconds)]   # after the warm-up
+                for way, median in zip(ways, medians):
+                    ratio = medians[0] / median
+                    print(f"| {batch_size} | {way} | {len(inputs) / median:.1f} | {ratio:.2f} | "
+                          f"{ratio * mean_layer / L:.2f} |")
