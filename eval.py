@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -153,7 +154,7 @@ def predict_rows(model, settings, inputs, criterion, batch_size):
 
 def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
     """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
-    task, done = get_task(settings.task), 0
+    task, started, done = get_task(settings.task), time.time(), 0
     total = sum(1 for _ in read_inputs(path, settings.task))        # a bad row ends it before any work
     rows = read_inputs(path, settings.task)
     target = contextlib.nullcontext(sys.stdout.buffer) if output is None else atomic_write(Path(output))
@@ -166,7 +167,8 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
             for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
             done += len(chunk)
-            say(f"{done} of {total} rows")
+            pace = (time.time() - started) / done
+            say(f"{done} of {total} rows, {1 / pace:.0f} a second, {pace * (total - done):.0f} s to go")
         file.flush()
 
 
