@@ -167,7 +167,7 @@ class PatienceExit:
 
 
 class StatelessExit:
-    """What the rules below share: each looks at one layer alone, most at a threshold."""
+    """What the rules below share, which look at one layer alone."""
 
     def __init__(self, threshold):
         self.threshold = threshold

@@ -6,11 +6,9 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy
-import sentencepiece
 import torch
 
 import albert
@@ -61,7 +59,7 @@ def setting(default, allowed, meaning):
     return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that decides a run; the defaults are the paper's and the released command's for RTE."""
 
@@ -200,12 +198,10 @@ def device_name(device):
 
 def timed(model, work):
     """(seconds, result) of work(), what the device does for it included"""
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait = torch.get_device_module(next(model.parameters()).device).synchronize     # a CPU's does nothing
+    wait()
     start, result = time.perf_counter(), work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait()
     return time.perf_counter() - start, result
 
 
@@ -341,11 +337,11 @@ def origin_of(settings):
 
 def describe(settings, device):
     """What run.json records so that a number can be traced: settings, versions, device, precision"""
-    modules = (torch, numpy, sentencepiece)
+    versions = {name: version(name) for name in ("torch", "numpy", "sentencepiece")}
     bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
             "precision": "bf16" if bf16 else "float32",
-            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}}}
+            "versions": {"python": platform.python_version(), **versions}}
 
 
 # ---- evaluation ----
@@ -385,7 +381,7 @@ def predict_all(model, settings, criterion, inputs, batch_size):
 
 
 def check_finite(numbers, layers):
-    """InputError unless all of numbers (...,C) of layers (...) are finite: others have no score."""
+    """InputError unless all of numbers (...,C), of layers (...), are finite: others have no score."""
     bad = layers[~numbers.isfinite().all(-1)]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
