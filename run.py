@@ -6,9 +6,10 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
+import numpy
+import sentencepiece
 import torch
 
 import albert
@@ -337,7 +338,7 @@ def origin_of(settings):
 
 def describe(settings, device):
     """What run.json records so that a number can be traced: settings, versions, device, precision"""
-    versions = {name: version(name) for name in ("torch", "numpy", "sentencepiece")}
+    versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
     bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
             "precision": "bf16" if bf16 else "float32",
