@@ -1,6 +1,6 @@
 """PALBERT (Balagansky and Gavrilov, NeurIPS 2022): an encoder that learns after which layer to stop.
 
-This file follows section 3 of the paper: the distribution over exit layers, its prior, the losses, the exit
+In the order of the paper's section 3: the distribution over exit layers, its prior, the losses, the exit
 rules, and the model with two loops: `forward` runs every layer, and `predict` stops.
 
     B batch   T tokens   H hidden   L layers (the paper's n)   C classes, 1 for regression
@@ -24,21 +24,17 @@ import fast
 
 def exit_distribution(lam):
     """p(i|x) = lam_i * prod_{j<i} (1 - lam_j)   (section 3); lam (B,L) in [0,1] -> p (B,L), rows sum to 1
-
-    lam_L counts as 1, so the last layer takes what is left. Were the sum of p free, the loss would shrink it.
-    """
-    reach, p = torch.ones_like(lam[:, 0]), []                       # (B,) the probability to reach layer i
+    lam_L counts as 1: layer L takes what is left. Were the sum of p free, the loss would shrink it."""
+    reach, p = torch.ones_like(lam[:, 0]), []           # (B,) the probability to reach layer i
     for i in range(lam.shape[1] - 1):
         p.append(reach * lam[:, i])
         reach = reach * (1 - lam[:, i])
-    return torch.stack(p + [reach], dim=1)                          # (B,L)
+    return torch.stack(p + [reach], dim=1)              # (B,L)
 
 
 def geometric_prior(lam_p, L):
     """p(i|lam_p) = lam_p * (1 - lam_p)^(i-1) for i < L, p(L|lam_p) = 1 - sum_{i<L} p(i|lam_p)   (section 3)
-
-    lam_p in (0,1), else ValueError -> (L,) float32, sums to 1.
-    """
+    lam_p in (0,1), else ValueError -> (L,) float32, sums to 1."""
     if not 0 < lam_p < 1:
         raise ValueError(f"the prior's lambda must lie in (0, 1), not {lam_p}")
     return exit_distribution(torch.full((1, L), lam_p, dtype=torch.float64))[0].float()
@@ -57,32 +53,29 @@ def layer_losses(logits, labels):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[2] == 1:
         return (logits[..., 0] - labels[:, None]) ** 2
-    labels = labels[:, None].expand(-1, logits.shape[1])                # (B,L)
+    labels = labels[:, None].expand(-1, logits.shape[1])        # (B,L)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
 def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
     """-E_{i ~ p(i|x)} [log p(y|x,i)] + beta * KL(p(.|x) || p(.|lam_p))   (Eq. 1, negated; the batch's mean)
-
-    logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,), beta >= 0 -> loss (), and its parts by
-    name: task, kl, expected_layer (the mean of sum_i i p_i) and cut_at_1 (the share of rows cut at layer 1,
-    whose lambdas get no gradient). Where C = 1, -log p is (y - y_i)^2.
+    logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,) -> loss (), and its parts by name: task,
+    kl, expected_layer (sum_i i p_i), cut_at_1 (the share of rows cut at layer 1: no lambda gets a gradient).
 
     Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. The
     model cut at j is a model of j layers, so layer j takes what remains of p and of the prior. Were the prior
-    not folded so, KL would have a gradient even where lambda is the prior's.
-    """
+    not folded so, KL would have a gradient even where lambda is the prior's."""
     L, lam = logits.shape[1], lam.to(torch.promote_types(lam.dtype, torch.float32))
     eps = torch.finfo(lam.dtype).eps
-    lam = lam.clamp(eps, 1 - eps)                                       # 0 and 1 still have a finite loss
+    lam = lam.clamp(eps, 1 - eps)                           # 0 and 1 still have a finite loss
     layers = torch.arange(1, L + 1, device=lam.device)
-    cdf = exit_distribution(lam).cumsum(1)                              # (B,L)
-    j = 1 + (cdf[:, :-1] < 1 - cut).sum(1, keepdim=True)                # (B,1) the layer of the cut, or L
-    p = exit_distribution(torch.where(layers < j, lam, 1))              # (B,L) 0 after layer j
-    tail = prior.flip(0).cumsum(0).flip(0)                              # (L,) the prior from each layer on
-    folded = torch.where(layers == j, tail, prior)                      # (B,L) counts only where p is not 0
-    task = (p * layer_losses(logits, labels)).sum(1).mean()             # weighted per row, before any mean
-    kl = kl_divergence(p, folded).mean()
+    cdf = exit_distribution(lam).cumsum(1)                  # (B,L)
+    j = 1 + (cdf[:, :-1] < 1 - cut).sum(1, keepdim=True)    # (B,1) the layer of the cut, or L
+    p = exit_distribution(torch.where(layers < j, lam, 1))  # (B,L) 0 after layer j
+    tail = prior.flip(0).cumsum(0).flip(0)                  # (L,) the prior from each layer on
+    folded = torch.where(layers == j, tail, prior)          # (B,L) counts only where p is not 0
+    losses = p * layer_losses(logits, labels)               # (B,L) weighted per row, before any mean
+    task, kl = losses.sum(1).mean(), kl_divergence(p, folded).mean()
     parts = {"task": task, "kl": kl, "expected_layer": (p * layers).sum(1).mean(),
              "cut_at_1": (j == 1).float().mean()}
     return task + beta * kl, {name: value.detach() for name, value in parts.items()}
@@ -90,7 +83,7 @@ def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
 
 def layer_weighted_loss(logits, labels):
     """sum_i i * CE_i / sum_i i   (PABEE, Zhou et al. 2020); (B,L,C), (B,) -> loss (), {"task": ()}"""
-    losses = layer_losses(logits, labels)                               # (B,L)
+    losses = layer_losses(logits, labels)               # (B,L)
     weight = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
     loss = (losses * (weight / weight.sum())).sum(1).mean()
     return loss, {"task": loss.detach()}
@@ -98,14 +91,12 @@ def layer_weighted_loss(logits, labels):
 
 def berxit_loss(logits, lam, labels):
     """sum_i CE_i + sum_i (lam_i - t_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty of layer i.
-
-    The target t_i has no gradient. It is 1 where layer i is right, else 0; for C = 1 it is 1 - tanh|y - y_i|.
-    """
-    losses = layer_losses(logits, labels)                               # (B,L)
+    The target t_i has no gradient: 1 where layer i is right, else 0; for C = 1 it is 1 - tanh|y - y_i|."""
+    losses = layer_losses(logits, labels)                       # (B,L)
     if logits.shape[2] == 1:
-        target = 1 - torch.tanh(losses.detach().sqrt())                 # (B,L)
+        target = 1 - torch.tanh(losses.detach().sqrt())         # (B,L)
     else:
-        target = (logits.argmax(2) == labels[:, None]).float()          # (B,L)
+        target = (logits.argmax(2) == labels[:, None]).float()  # (B,L)
     task, certainty = losses.sum(1).mean(), ((lam - target) ** 2).sum(1).mean()
     return task + certainty, {"task": task.detach(), "certainty": certainty.detach()}
 
@@ -116,10 +107,10 @@ def expected_prediction(logits, p):
 
 
 # ---- exit rules ----
-# start(B, L, device) gives a rule's state: a tuple of tensors, rows first. step(state, i, lam, logits) gives
-# the next state and done (B,) bool, where i (B,) int64 is the layer that each row has reached, lam (B,) and
-# logits (B,C). Each row stands alone, so the same step serves full arrays, shrinking batches and rows at
-# different layers. The last layer ends every row. A rule that cannot stop early names its `earliest` layer.
+# start(B, L, device) -> a rule's state: a tuple of tensors, rows first. step(state, i, lam, logits) -> the
+# next state, done (B,) bool; i (B,) int64 is the layer each row has reached, lam (B,), logits (B,C). Each row
+# stands alone, so one step serves full arrays, shrinking batches and rows at different layers. The last layer
+# ends every row. A rule that cannot stop early names its `earliest` layer.
 
 class QExit:
     """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], 1 is layer L."""
@@ -134,7 +125,7 @@ class QExit:
 
     def step(self, state, i, lam, logits):
         reach, cdf = state
-        cdf = (cdf + reach * lam).clamp(max=1)                      # rounding must not carry it past q = 1
+        cdf = (cdf + reach * lam).clamp(max=1)      # rounding must not carry it past q = 1
         return (reach * (1 - lam), cdf), cdf > self.q
 
 
@@ -153,9 +144,7 @@ class SampleExit:
 
 class PatienceExit:
     """Stop when t layers in a row have agreed with the one before (PABEE): at layer t + 1 at the earliest.
-
-    Classes agree when equal, values when they differ by less than the tolerance, which regression needs.
-    """
+    Classes agree when equal, values when they differ by less than the tolerance."""
 
     def __init__(self, t, tolerance=None):
         if t < 1:
@@ -167,25 +156,28 @@ class PatienceExit:
 
     def step(self, state, i, lam, logits):
         before, agreed = state
-        if logits.shape[1] == 1 and self.tolerance is None:
-            raise ValueError("patience on a regression task needs a tolerance within which two layers agree")
+        now, within = logits.argmax(1).to(before.dtype), 1          # other classes are 1 or more away
         if logits.shape[1] == 1:
             now, within = logits[:, 0], self.tolerance
-        else:
-            now, within = logits.argmax(1).to(before.dtype), 1          # other classes are 1 or more away
-        same = ((now - before).abs() < within) & (i > 1)                # before layer 1 there is none
+        if within is None:
+            raise ValueError("patience on a regression task needs a tolerance within which two layers agree")
+        same = ((now - before).abs() < within) & (i > 1)            # before layer 1 there is none
         agreed = torch.where(same, agreed + 1, 0)
         return (now, agreed), agreed >= self.t
 
 
-class EntropyExit:
-    """Stop where the entropy of softmax(logits_i), in nats, is below the threshold (DeeBERT, FastBERT)."""
+class StatelessExit:
+    """What the rules below share, which look at one layer alone."""
 
     def __init__(self, threshold):
         self.threshold = threshold
 
     def start(self, B, L, device):
         return ()
+
+
+class EntropyExit(StatelessExit):
+    """Stop where the entropy of softmax(logits_i), in nats, is below the threshold (DeeBERT, FastBERT)."""
 
     def step(self, state, i, lam, logits):
         if logits.shape[1] == 1:
@@ -193,30 +185,21 @@ class EntropyExit:
         return state, torch.special.entr(logits.softmax(1)).sum(1) < self.threshold
 
 
-class LearnedExit:
+class LearnedExit(StatelessExit):
     """Stop where the certainty, which stands in lam, is above the threshold (BERxiT)."""
-
-    def __init__(self, threshold):
-        self.threshold = threshold
-
-    def start(self, B, L, device):
-        return ()
 
     def step(self, state, i, lam, logits):
         return state, lam > self.threshold
 
 
-class FixedExit:
+class FixedExit(StatelessExit):
     """Stop at the given layer: the plain model, and the paper's "ALBERT (9 layers)"."""
 
     def __init__(self, layer):
-        self.layer = self.earliest = layer
-
-    def start(self, B, L, device):
-        return ()
+        self.earliest = layer
 
     def step(self, state, i, lam, logits):
-        return state, i >= self.layer
+        return state, i >= self.earliest
 
 
 def exit_layers(rule, logits, lam):
@@ -233,11 +216,9 @@ def exit_layers(rule, logits, lam):
 
 class LambdaHead(nn.Module):
     """lam_i = sigmoid(MLP([h_i, h_{i-1}]))   (section 3.2), on tanh-pooled first tokens; gives lam_i's logit.
-
-    As published, num_layers=3 is three Linear(n,n) with tanh before the Linear(n,1), and 1 the Linear(n,1)
-    alone. n is 2H; without concat only h_i is read (PonderNet) and n is H. The last bias starts at
-    logit(prior), so p starts near the prior, where no layer is cut off from the gradient.
-    """
+    As published, num_layers=3 is three Linear(n,n) with tanh before the Linear(n,1), and 1 that one alone.
+    n is 2H; without concat only h_i is read (PonderNet) and n is H. The last bias starts at logit(prior), so
+    p starts near the prior, where no layer is cut off from the gradient."""
 
     def __init__(self, hidden_size, num_layers=3, concat=True, prior=0.1, dropout=0.1):
         super().__init__()
@@ -254,18 +235,16 @@ class LambdaHead(nn.Module):
     def forward(self, pooled, previous):
         """pooled h_i (...,H), pooled h_{i-1} (...,H), zeros before layer 1 -> logit of lam_i (...)"""
         x = torch.cat([pooled, previous], dim=-1) if self.concat else pooled
-        x = F.dropout(x, self.dropout, self.training)               # a mask of its own, fresh for each layer
+        x = F.dropout(x, self.dropout, self.training)       # a mask of its own, fresh for each layer
         for linear in self.hidden:
             x = torch.tanh(linear(x))
         return self.last(x)[..., 0]
 
 
 class Ponder(nn.Module):
-    """An encoder with a classifier and, if lambda_layers is not 0, a Lambda head after each layer.
-
-    Only an encoder whose layers share their weights can run another num_layers than its own, else ValueError.
-    per_layer=True gives each layer its own classifier. Without a Lambda head lam is 0, so all of p is on L.
-    """
+    """An encoder with a classifier, or with per_layer one for each layer, and a Lambda head after each layer.
+    With lambda_layers=0 there is none, and lam is 0, so all of p is on L. Only an encoder whose layers share
+    their weights can run another num_layers than its own, else ValueError."""
 
     def __init__(self, encoder, num_labels, num_layers=None, lambda_layers=3, concat=True, per_layer=False,
                  prior=0.1, dropout=0.1):
@@ -273,8 +252,8 @@ class Ponder(nn.Module):
         self.encoder, self.num_labels, self.dropout = encoder, num_labels, dropout
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         if self.num_layers < 1 or (self.num_layers != encoder.num_layers and not encoder.shared):
-            raise ValueError(f"expected {encoder.num_layers} layers, or any number from 1 on of an encoder "
-                             f"whose layers share their weights, found {self.num_layers}")
+            raise ValueError(f"found {self.num_layers}, expected {encoder.num_layers}, or any number from 1 "
+                             "on where layers share their weights")
         H = encoder.hidden_size
         heads = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
         for linear in heads:
@@ -293,8 +272,8 @@ class Ponder(nn.Module):
             if isinstance(self.classifier, nn.Linear):
                 logits = self.classifier(x)
             else:
-                weight = torch.stack([linear.weight for linear in self.classifier])[i - 1]      # (n,C,H)
-                bias = torch.stack([linear.bias for linear in self.classifier])[i - 1]          # (n,C)
+                weight = torch.stack([linear.weight for linear in self.classifier])[i - 1]  # (n,C,H)
+                bias = torch.stack([linear.bias for linear in self.classifier])[i - 1]      # (n,C)
                 logits = torch.einsum("...nh,nch->...nc", x, weight) + bias
             if self.lambda_head is None:
                 return logits, torch.zeros_like(pooled[..., 0])
@@ -302,15 +281,15 @@ class Ponder(nn.Module):
 
     def forward(self, ids, mask, segments):
         """Every layer: ids, segments (B,T) int64, mask (B,T) True = a token -> logits (B,L,C), lam (B,L)"""
-        L, h, firsts = self.num_layers, self.encoder.embed(ids, segments), []       # h (B,T,H)
+        L, h, firsts = self.num_layers, self.encoder.embed(ids, segments), []   # h (B,T,H)
         for i in range(1, L):
-            h = self.encoder.layer(i, h, mask)                          # (B,T,H)
-            firsts.append(h[:, 0])                                      # (B,H)
+            h = self.encoder.layer(i, h, mask)              # (B,T,H)
+            firsts.append(h[:, 0])                          # (B,H)
         last_layer = getattr(self.encoder, "first", self.encoder.layer)
-        firsts.append(last_layer(L, h, mask)[:, 0])                     # nothing else is read of layer L
-        firsts = torch.stack(firsts, 1)                                 # (B,L,H)
+        firsts.append(last_layer(L, h, mask)[:, 0])         # nothing else is read of layer L
+        firsts = torch.stack(firsts, 1)                     # (B,L,H)
         pooled = self.encoder.pool(firsts.flatten(0, 1)[:, None]).view_as(firsts)
-        previous = F.pad(pooled[:, :-1], (0, 0, 1, 0))                  # (B,L,H) zeros for h_0
+        previous = F.pad(pooled[:, :-1], (0, 0, 1, 0))      # (B,L,H) zeros for h_0
         return self.heads(torch.arange(1, L + 1, device=ids.device), pooled, previous)
 
     @torch.no_grad()
@@ -319,13 +298,13 @@ class Ponder(nn.Module):
         B, L, device = len(ids), self.num_layers, ids.device
         rows, state = torch.arange(B, device=device), rule.start(B, L, device)
         answers, layers = torch.zeros(B, self.num_labels, device=device), torch.zeros_like(rows)
-        h = self.encoder.embed(ids, segments)                           # (B,T,H)
-        previous = torch.zeros_like(h[:, 0])                            # (B,H)
+        h = self.encoder.embed(ids, segments)                       # (B,T,H)
+        previous = torch.zeros_like(h[:, 0])                        # (B,H)
         for i in range(1, L + 1):
-            h = self.encoder.layer(i, h, mask)                          # (n,T,H) for the n rows still here
+            h = self.encoder.layer(i, h, mask)                      # (n,T,H) for the n rows still here
             pooled, depth = self.encoder.pool(h), torch.full_like(rows, i)
-            logits, lam = self.heads(depth, pooled, previous)           # (n,C), (n,)
-            state, done = rule.step(state, depth, lam, logits)          # done (n,)
+            logits, lam = self.heads(depth, pooled, previous)       # (n,C), (n,)
+            state, done = rule.step(state, depth, lam, logits)      # done (n,)
             stop = done | (i == L)
             answers[rows[stop]], layers[rows[stop]] = logits[stop].to(answers.dtype), i
             go = ~stop

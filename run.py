@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -25,12 +24,12 @@ from text import load_tokenizer, train_tokenizer
 
 RUNS = Path("runs")
 METHODS = {     # what a method changes in Settings
-    "palbert": {},
-    "pondernet": {"lambda_layers": 1, "lambda_input": "current", "lambda_lr": None, "exit": "sample"},
-    "pabee": {"classifiers": "per_layer", "lambda_lr": None, "exit": "patience"},
-    "berxit": {"classifiers": "per_layer", "lambda_layers": 1, "lambda_input": "current", "lambda_lr": None,
-               "exit": "learned"},
-    "finetune": {"lambda_lr": None, "exit": "last"},    # the plain model
+    "palbert": dict(),
+    "pondernet": dict(lambda_layers=1, lambda_input="current", lambda_lr=None, exit="sample"),
+    "pabee": dict(classifiers="per_layer", lambda_lr=None, exit="patience"),
+    "berxit": dict(classifiers="per_layer", lambda_layers=1, lambda_input="current", lambda_lr=None,
+                   exit="learned"),
+    "finetune": dict(lambda_lr=None, exit="last"),      # the plain model
 }
 EXITS = {       # by which a method's model can be evaluated
     "palbert": ("q", "sample", "expectation", "last"), "pondernet": ("q", "sample", "expectation", "last"),
@@ -38,12 +37,20 @@ EXITS = {       # by which a method's model can be evaluated
 }
 CRITERIA = tuple(dict.fromkeys(name for names in EXITS.values() for name in names))
 SCRATCH = {     # this project's own settings for models from scratch
-    "tiny": {"lr": 1e-3, "lambda_lr": 1e-3, "batch_size": 64, "beta": 0.02, "prior": 0.25, "dropout": 0.0,
-             "epochs": 2, "warmup": 100, "clip": 1.0},
-    "mini": {"lr": 5e-4, "lambda_lr": 5e-4, "batch_size": 64, "epochs": 3, "warmup": 100, "clip": 1.0},
+    "tiny": dict(lr=1e-3, lambda_lr=1e-3, batch_size=64, epochs=2, warmup=100, clip=1.0, beta=0.02,
+                 prior=0.25, dropout=0.0),
+    "mini": dict(lr=5e-4, lambda_lr=5e-4, batch_size=64, epochs=3, warmup=100, clip=1.0),
 }
 PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which changes no result
 DRAWS = 20      # of sampling, whose score is their mean: one draw is off by 1 to 2 points
+RULES = {       # exit: its rule, the settings that it takes, the values of a sweep over the first of them
+    "q": (QExit, ["q"], [n / 20 for n in range(1, 21)]),
+    "patience": (PatienceExit, ["patience", "tolerance"], list(range(1, 12))),
+    "entropy": (EntropyExit, ["entropy"], [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]),
+    "learned": (LearnedExit, ["certainty"], [n / 20 for n in range(20)]),
+}
+THRESHOLDS = {name: takes[0] for name, (_, takes, _) in RULES.items()}
+SWEEPS = {name: values for name, (_, _, values) in RULES.items()}
 
 
 # ---- settings ----
@@ -53,7 +60,7 @@ def setting(default, allowed, meaning):
     return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that decides a run; the defaults are the paper's and the released command's for RTE."""
 
@@ -94,10 +101,9 @@ class Settings:
             value, allowed = getattr(self, field.name), field.metadata["allowed"]
             if value is None and (field.default is None or field.name == "lambda_lr"):
                 continue
-            if allowed is None:
-                good, expected = type(value) is str and value != "", "a word"
-            elif field.type is str:
-                good, expected = value in allowed, "one of " + ", ".join(allowed)
+            if field.type is str:
+                good = type(value) is str and value != "" and (allowed is None or value in allowed)
+                expected = "one of " + ", ".join(allowed) if allowed else "a word"
             else:
                 good = type(value) in (int, field.type) and allowed[0] <= value <= allowed[1]
                 kind = "whole number" if field.type is int else "number"
@@ -118,18 +124,18 @@ class Settings:
 
 
 def make_settings(**given):
-    """Settings with the presets of method and model under what is given"""
-    model, method = given.get("model"), given.get("method", "palbert")
+    """Settings with the presets of model and method under what is given"""
+    model = given.get("model")
     if model is None:
         model = "tiny" if given.get("task", "parity") == "parity" else "albert-base-v2"
-    return Settings(**{**SCRATCH.get(model, {}), **METHODS.get(method, {}), **given, "model": model})
+    presets = SCRATCH.get(model, {}) | METHODS.get(given.get("method"), {})
+    return Settings(**presets | given | {"model": model})
 
 
 def changed_settings(settings):
     """The names of the settings that differ from the preset of their task, model and method"""
-    plain = make_settings(task=settings.task, model=settings.model, method=settings.method)
-    names = [field.name for field in dataclasses.fields(settings)]
-    return [name for name in names if getattr(settings, name) != getattr(plain, name)]
+    preset = make_settings(task=settings.task, model=settings.model, method=settings.method)
+    return [name for name, value in vars(settings).items() if value != getattr(preset, name)]
 
 
 def flag(name):
@@ -140,8 +146,8 @@ class Parser(argparse.ArgumentParser):
     """A command line whose errors are InputErrors."""
 
     def __init__(self, name, description):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(name, description=description, formatter_class=layout, allow_abbrev=False)
+        super().__init__(name, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise InputError(f"{message}; {self.prog} --help lists the flags")
@@ -150,23 +156,22 @@ class Parser(argparse.ArgumentParser):
 # ---- device and precision ----
 
 def choose_device(name=None):
-    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. torchrun gives each of
-    its processes a GPU of its own, by its rank. InputError where there is no such device."""
-    rank, count, names = os.environ.get("LOCAL_RANK"), torch.cuda.device_count(), ["cpu"]
-    if rank is None and torch.backends.mps.is_available():
-        names.append("mps")             # through which processes cannot talk
-    if count > int(rank or 0):
-        names.append("cuda")
+    """torch.device by its name; None takes cuda, mps or cpu, the first that is there. Each of torchrun's
+    processes has the GPU of its rank. InputError where there is no such device."""
+    rank, count, found = os.environ.get("LOCAL_RANK"), torch.cuda.device_count(), {"cpu": "cpu"}
     if rank is None:
-        names += [f"cuda:{n}" for n in range(count)]
+        if torch.backends.mps.is_available():
+            found["mps"] = "mps"        # through which processes cannot talk
+        found |= {f"cuda:{n}": f"cuda:{n}" for n in range(count)}
+    if count > int(rank or 0):
+        found["cuda"] = f"cuda:{rank or 0}"
     if name is None:
-        name = "cuda" if count else names[-1]
-    if name not in names:
-        raise InputError(f"--device {name}: expected one of those that PyTorch {torch.__version__} finds for "
-                         f"this process, {', '.join(names)}; of torchrun's processes each needs a GPU")
-    device = torch.device(name)
+        name = "cuda" if count else list(found)[-1]
+    if name not in found:
+        raise InputError(f"--device {name}: expected one of {', '.join(found)}, which PyTorch "
+                         f"{torch.__version__} finds; each of torchrun's processes needs a GPU of its own")
+    device = torch.device(found[name])
     if device.type == "cuda":
-        device = torch.device("cuda", int(rank or device.index or 0))
         torch.cuda.set_device(device.index)
         # cuDNN's attention plans anew for each shape, 3.4 s for MRPC's dev set on an H100.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -194,13 +199,10 @@ def device_name(device):
 
 def timed(model, work):
     """(seconds, result) of work(), what the device does for it included"""
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait = torch.get_device_module(next(model.parameters()).device).synchronize     # a CPU's does nothing
+    wait()
+    start, result = time.perf_counter(), work()
+    wait()
     return time.perf_counter() - start, result
 
 
@@ -234,9 +236,8 @@ def make_model(settings, folder, examples):
         encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
     if settings.layers is not None and settings.layers < encoder.num_layers and hasattr(encoder, "truncate"):
         encoder.truncate(settings.layers)
-    model = make_ponder(encoder, settings, tokenizer)
-    kind = {"model_type": encoder.config.model_type}
-    write_json(folder / "config.json", kind | dataclasses.asdict(encoder.config))
+    model, config = make_ponder(encoder, settings, tokenizer), encoder.config
+    write_json(folder / "config.json", {"model_type": config.model_type, **dataclasses.asdict(config)})
     tokenizer.save(folder)
     return tokenizer, model
 
@@ -247,8 +248,7 @@ def make_ponder(encoder, settings, tokenizer):
         raise InputError(f"{settings.model}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                          f"embeddings for {encoder.config.vocab_size}; take both from one model")
     if settings.max_length > encoder.max_length:
-        raise InputError(f"--max-length {settings.max_length}: {settings.model} has positions for no more "
-                         f"than {encoder.max_length} tokens")
+        raise InputError(f"--max-length: {settings.model} takes no more than {encoder.max_length} tokens")
     try:
         return Ponder(encoder, get_task(settings.task).num_labels, settings.layers,
                       settings.lambda_layers if settings.has_lambda else 0, settings.lambda_input == "concat",
@@ -262,25 +262,26 @@ def make_ponder(encoder, settings, tokenizer):
 def open_run(folder, settings):
     """(tokenizer, model) by the config.json and tokenizer of a run's folder. The model is on the meta device,
     where what only a config claims takes no memory."""
-    values, tokenizer = read_json(folder / "config.json"), load_tokenizer(folder)
-    encoder_class, source = encoder_of(values), str(folder / "config.json")
+    path = folder / "config.json"
+    values, tokenizer = read_json(path), load_tokenizer(folder)
+    encoder_class = encoder_of(values)
     with torch.device("meta"):
-        encoder = encoder_class(encoder_class.config_class.from_json(values, source))
+        encoder = encoder_class(encoder_class.config_class.from_json(values, path))
         return tokenizer, make_ponder(encoder, settings, tokenizer)
 
 
 def fill(model, path, device):
     """The model, on the device and to evaluate, with the weights of a safetensors file, which it must fit"""
-    weights = read_safetensors(path)
     with guard(path, "set of the run's weights"):
-        copies = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.items()}
-        model.load_state_dict(copies, assign=True)
+        weights = {name: tensor.to(device, torch.float32, copy=True)
+                   for name, tensor in read_safetensors(path).items()}
+        model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
 def load_run(folder, device=None):
-    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, in evaluation mode
-    on the device (None: the first that is there). InputError for a folder that is not whole."""
+    """(settings, tokenizer, model) of a run's folder, with the weights of its best epoch, to evaluate on the
+    device (None: the first that is there). InputError for a folder that is not whole."""
     folder, (settings, values) = Path(folder), read_run(folder)
     for name, sha256 in values.get("files", {}).items():    # half a spiece.model is a whole smaller one
         if sha256_file(folder / name) != sha256:
@@ -307,8 +308,7 @@ def find_run(name=None, unfinished=False):
                 return folder
         raise InputError(f"no run {name!r}: expected {RUNS / name}/run.json or {Path(name)}/run.json")
     ready = "resume.pt" if unfinished else "model.safetensors"
-    found = [path for path in RUNS.glob("*/run.json") if path.with_name(ready).exists()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(RUNS.glob(f"*/{ready}"), key=os.path.getmtime, reverse=True):
         if not unfinished or not read_run(path.parent)[1].get("finished"):
             return path.parent
     raise InputError(f"no run with a {ready} under {RUNS}/; python train.py makes one")
@@ -316,10 +316,9 @@ def find_run(name=None, unfinished=False):
 
 def run_name(settings):
     """The name of a run: task, method, model, what differs from the preset, and the seed"""
-    changed = [f"{name}{getattr(settings, name)}" for name in changed_settings(settings)
-               if name not in ("seed", *PLACE)]
-    task, model = Path(settings.task).name, Path(settings.model).name
-    return "-".join([task, settings.method, model, *changed, f"seed{settings.seed}"])
+    changed = [name for name in changed_settings(settings) if name not in ("seed", *PLACE)]
+    words = [Path(settings.task).name, settings.method, Path(settings.model).name]
+    return "-".join(words + [f"{name}{getattr(settings, name)}" for name in [*changed, "seed"]])
 
 
 def hashes(paths):
@@ -343,7 +342,7 @@ def describe(settings, device):
     bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
             "precision": "bf16" if bf16 else "float32",
-            "versions": {"python": platform.python_version()} | versions}
+            "versions": {"python": platform.python_version(), **versions}}
 
 
 # ---- evaluation ----
@@ -369,8 +368,7 @@ def all_layers(model, inputs, batch_size=32, precision=None):
             outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
     by_row = torch.tensor([row for batch in order for row in batch]).argsort()
     logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
-    numbers = torch.cat([logits, lam[..., None]], 2).flatten(0, 1)
-    check_finite(numbers, torch.arange(1, lam.shape[1] + 1).repeat(len(lam)))
+    check_finite(torch.cat([logits, lam[..., None]], 2), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
     return logits, lam
 
 
@@ -384,25 +382,20 @@ def predict_all(model, settings, criterion, inputs, batch_size):
 
 
 def check_finite(numbers, layers):
-    """InputError unless all of numbers (N,C), which are of layers (N,), are finite: others have no score."""
-    bad = layers[~numbers.isfinite().all(1)]
+    """InputError unless all of numbers (...,C), of layers (...), are finite: others have no score."""
+    bad = layers[~numbers.isfinite().all(-1)]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
 
 
 def make_rule(criterion, settings, L, draw=0):
     """The exit rule of that name, of sampling one a draw; the expectation reads every layer, as last does"""
-    if criterion == "q":
-        return QExit(settings.q)
     if criterion == "sample":
         return SampleExit(torch.Generator().manual_seed(settings.seed + draw))
-    if criterion == "patience":
-        return PatienceExit(settings.patience, settings.tolerance)
-    if criterion == "entropy":
-        return EntropyExit(settings.entropy)
-    if criterion == "learned":
-        return LearnedExit(settings.certainty)
-    return FixedExit(L)
+    if criterion not in RULES:
+        return FixedExit(L)
+    rule, takes, _ = RULES[criterion]
+    return rule(*[getattr(settings, name) for name in takes])
 
 
 def apply_exit(criterion, settings, logits, lam, draw=0):
@@ -418,23 +411,6 @@ def scores(task, outputs, labels):
     return score(task, answers(outputs), labels)
 
 
-def mean_scores(criterion, settings, logits, lam, labels):
-    """(metrics, mean layer) of an exit over arrays of full depth; of sampling, the mean of DRAWS draws"""
-    draws, metrics, mean_layer = DRAWS if criterion == "sample" else 1, {}, 0
-    for draw in range(draws):
-        outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
-        mean_layer += layers.float().mean().item() / draws
-        for name, value in scores(settings.task, outputs, labels).items():
-            metrics[name] = metrics.get(name, 0) + value / draws
-    return metrics, mean_layer
-
-
-THRESHOLDS = {"q": "q", "patience": "patience", "entropy": "entropy", "learned": "certainty"}   # settings
-SWEEPS = {"q": [n / 20 for n in range(1, 21)], "patience": list(range(1, 12)),
-          "entropy": [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6],
-          "learned": [n / 20 for n in range(20)]}
-
-
 # ---- commands ----
 
 def say(text, file=None):
@@ -448,10 +424,8 @@ def run_main(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")    # for terminals that are not UTF-8
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
+        main()
+        sys.stdout.flush()
     except BrokenPipeError:
         for number in (1, 2):                   # Python flushes both once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
