@@ -183,7 +183,7 @@ def submit(path, root, method, model, device, batch_size, changed):
     predicts AX, too. All files are read before anything is predicted."""
     best, jobs, predictions = {}, [], {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
-        if method in members and any(task == other for other, _ in SUBMISSION.values()):
+        if method in members and any(task == other for other, _ in SUBMISSION):
             best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
@@ -192,7 +192,7 @@ def submit(path, root, method, model, device, batch_size, changed):
     for run in best[name]:
         settings = dataclasses.replace(run.settings, **changed)
         tasks = ("mnli", "ax") if settings.task == "mnli" else (settings.task,)
-        files = {key: load(*key, settings.data_dir) for key in SUBMISSION.values() if key[0] in tasks}
+        files = {key: load(*key, settings.data_dir) for key in SUBMISSION if key[0] in tasks}
         jobs.append((run, settings, files))
     for run, settings, files in jobs:
         say(f"{run.folder}, dev {run.score:.1f} by {settings.exit}")
