@@ -46,11 +46,10 @@ class Tokenizer:
 
     def encode_all(self, examples, max_length=128):
         """encode() of each (text, None) or (text_a, text_b) in a list; further fields do not count."""
-        texts = []
-        for example in examples:
-            if isinstance(example, str):
-                raise TypeError(f"expected examples like (text, None), found the string '{shorten(example)}'")
-            texts += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in example[:2] if text is not None]
+        if any(isinstance(example, str) for example in examples):
+            raise TypeError("expected examples like (text, None), found a string")
+        texts = [re.sub("[\ud800-\udfff]", "\ufffd", text)
+                 for example in examples for text in example[:2] if text is not None]
         gc.disable()    # no new list is garbage, and looking for some takes as long as all the rest
         try:
             ids = iter(self.texts_ids(texts))
