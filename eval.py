@@ -179,7 +179,7 @@ def submit(path, root, method, model, device, batch_size, changed):
     predicts AX, too. All files are read before anything is predicted."""
     best, predictions = {}, {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
-        if method in members and any(task == other for other, _ in SUBMISSION.values()):
+        if method in members and any(task == other for other, _ in SUBMISSION):
             best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
@@ -189,7 +189,7 @@ def submit(path, root, method, model, device, batch_size, changed):
     if "mnli" in runs:
         runs["ax"] = runs["mnli"]
     chosen = {key: dataclasses.replace(runs[key[0]].settings, **changed)
-              for key in SUBMISSION.values() if key[0] in runs}
+              for key in SUBMISSION if key[0] in runs}
     files = {key: load(*key, settings.data_dir) for key, settings in chosen.items()}
     for key, settings in chosen.items():
         run = runs[key[0]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import InputError, atomic_write, cache_dir, download, extract_zip, guard, shorten
+from checkpoint import InputError, atomic_write, cache_dir, check, download, extract_zip, guard, shorten
 
 
 # ---- tasks ----
@@ -24,63 +24,39 @@ SINGLE, PAIR, SPLITS = ("sentence",), ("sentence1", "sentence2"), ("train", "dev
 
 class Task:
     """labels: the files' words by class index, or None for a regression; columns: the names of one or two
-    texts in the header; rows: the published numbers for the test splits; downloads: names in DOWNLOADS."""
+    texts in the header."""
 
-    def __init__(self, name, folder, labels, columns=PAIR, label_column=None, metrics=None, splits=SPLITS,
-                 rows=(), downloads=None):
+    def __init__(self, name, folder, labels, columns=PAIR, label_column=None, metrics=None, splits=SPLITS):
         self.name, self.folder, self.labels, self.columns, self.splits = name, folder, labels, columns, splits
         self.label_column = label_column or ("label" if labels else "score")
         self.metrics = metrics or (("accuracy",) if labels else ("pearson", "spearman"))
         self.num_labels, self.pair = len(labels) if labels else 1, len(columns) == 2
         self.dev_splits = tuple(split for split in splits if split.startswith("dev"))
         self.test_splits = tuple(split for split in splits if split.startswith("test"))
-        self.rows, self.downloads = dict(zip(self.test_splits, rows)), downloads or (f"{folder}.zip",)
 
 
 BINARY, NLI = ("0", "1"), ("entailment", "not_entailment")
 MNLI = ("entailment", "neutral", "contradiction")
 MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", BINARY, SINGLE, metrics=("matthews",), rows=[1063]),
-    Task("sst2", "SST-2", BINARY, SINGLE, rows=[1821]),
-    Task("mrpc", "MRPC", BINARY, ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), rows=[1725],
-         downloads=("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "mrpc_dev_ids.tsv")),
-    Task("stsb", "STS-B", None, rows=[1379]),
-    Task("qqp", "QQP", BINARY, ("question1", "question2"), "is_duplicate", ("accuracy", "f1"), rows=[390965],
-         downloads=("QQP-clean.zip",)),
-    Task("mnli", "MNLI", MNLI, label_column="gold_label", splits=MNLI_SPLITS, rows=[9796, 9847]),
-    Task("qnli", "QNLI", NLI, ("question", "sentence"), rows=[5463], downloads=("QNLIv2.zip",)),
-    Task("rte", "RTE", NLI, rows=[3000]),
-    Task("wnli", "WNLI", BINARY, rows=[146]),
-    Task("ax", "AX", MNLI, splits=("test",), rows=[1104], downloads=("AX.tsv",)),
+    Task("cola", "CoLA", BINARY, SINGLE, metrics=("matthews",)),
+    Task("sst2", "SST-2", BINARY, SINGLE),
+    Task("mrpc", "MRPC", BINARY, ("#1 String", "#2 String"), "Quality", ("accuracy", "f1")),
+    Task("stsb", "STS-B", None),
+    Task("qqp", "QQP", BINARY, ("question1", "question2"), "is_duplicate", ("accuracy", "f1")),
+    Task("mnli", "MNLI", MNLI, label_column="gold_label", splits=MNLI_SPLITS),
+    Task("qnli", "QNLI", NLI, ("question", "sentence")),
+    Task("rte", "RTE", NLI),
+    Task("wnli", "WNLI", BINARY),
+    Task("ax", "AX", MNLI, splits=("test",)),
     Task("parity", "parity", ("opposite", "same")),    # built in, below
 )}
-
-# With the sha256 that Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt) have.
-# MRPC's train and dev sets are made of Microsoft's training file and GLUE's list of dev ids.
-SERVER = "https://dl.fbaipublicfiles.com/"
-DOWNLOADS = {
-    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
-    "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
-    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-    "msr_paraphrase_test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
-    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
-    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
-    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
-    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
-    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
-    "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
-    "AX.tsv": "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd",
-}
 
 
 def get_task(name):
     """-> the Task of a name in TASKS, or of a folder of own data: train.tsv, dev.tsv, perhaps test.tsv, with
     columns `sentence`, or `sentence1` and `sentence2`, and `label` (the words in train.tsv, sorted, are the
-    classes) or `score` (a number). A Task is returned as it is."""
-    if isinstance(name, Task):
-        return name
+    classes) or `score` (a number)."""
     if name in TASKS:
         return TASKS[name]
     splits = tuple(split for split in SPLITS if os.path.isfile(f"{name}/{split}.tsv"))
@@ -88,58 +64,48 @@ def get_task(name):
         raise InputError(f"unknown task {shorten(name)!r}: expected a folder with train.tsv and dev.tsv, or "
                          "one of " + ", ".join(TASKS))
     path, labels = Path(name, "train.tsv"), None
-    header, rows = open_table(path)
-    if "label" in header or "score" not in header:
-        [place] = find_columns(path, header, ["label"])
-        labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
-        if len(labels) < 2:
-            raise damaged(path, f"the classes are {labels}, expected two or more", 2)
+    with guard(path, "TSV file"):
+        header, rows = open_table(path)
+        if "label" in header or "score" not in header:
+            [place] = find_columns(header, ["label"])
+            labels = sorted({fields[place] for _, fields in rows if len(fields) == len(header)} - {""})
+            check(len(labels) > 1, f"the classes are {labels}, expected two or more")
     return Task(name, ".", labels, PAIR if "sentence1" in header else SINGLE, splits=splits)
 
 
 # ---- rows of a file ----
 
-def damaged(path, reason, line):
-    return InputError(f"{path}: not a whole TSV file ({reason}, line {line}); correct it or get it again")
+def read_fields(path):
+    """Yields (line number, fields). Only "\\n" ends a line, because texts hold U+2028 and its like; quotation
+    marks are text; the file may begin with a BOM."""
+    with guard(path, "TSV file"), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.rstrip("\r\n").split("\t")
 
 
 def open_table(path, header=None):
-    """-> the header, which is the first line unless given, and a generator of (line number, fields).
-
-    Only "\\n" ends a line, because texts hold U+2028 and its like; quotation marks are text; the file may
-    begin with a BOM. An empty line is no row, but in a table of one column it is an empty text."""
-    def read():
-        with guard(path, "TSV file"), open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.removesuffix("\n").removesuffix("\r").split("\t")
-                if fields != [""] or not header or len(header) == 1:
-                    yield number, fields
-
-    rows = read()
+    """-> the header, which is the first line unless given, and the rows, as (line number, fields).
+    An empty line is no row, but in a table of one column it is an empty text."""
+    rows = read_fields(path)
     if header is None:
         _, header = next(rows, (1, [""]))
-    return header, rows
+    return header, (row for row in rows if row[1] != [""] or len(header) == 1)
 
 
-def find_columns(path, header, names):
-    """-> the place of each name in the header."""
-    for name in names:
-        if name not in header:
-            found = shorten(", ".join(header))
-            raise damaged(path, f"no column {name!r} in {found!r}, expected {', '.join(names)}", 1)
+def find_columns(header, names):
+    """-> the place of each name in the header. ValueError if one is not there."""
+    check(set(names) <= set(header), f"its columns are {', '.join(header)}, expected {', '.join(names)}")
     return [header.index(name) for name in names]
 
 
-def read_label(task, word, path, line):
-    """-> the class index or the number that a word stands for."""
+def read_label(task, word, line):
+    """-> the class index or the number that a word stands for. ValueError if there is none."""
     with contextlib.suppress(ValueError):
         value = task.labels.index(word) if task.labels else float(word)
         if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
             return value
-    expected = "a finite number, for stsb from 0 to 5"
-    if task.labels:
-        expected = "one of " + shorten(", ".join(task.labels))
-    raise damaged(path, f"the label is {shorten(word)!r}, expected {expected}", line)
+    expected = "one of " + ", ".join(task.labels) if task.labels else "a finite number, in STS-B from 0 to 5"
+    raise ValueError(f"line {line}: the label is '{word}', expected {expected}")
 
 
 def read_split(task, split, path, ids_path=None):
@@ -147,56 +113,72 @@ def read_split(task, split, path, ids_path=None):
     has_header = task.name != "cola" or split == "test"
     header, rows = open_table(path, None if has_header else ["source", "label", "mark", "sentence"])
     if ids_path:
-        rows = select_mrpc(rows, split, path, ids_path)
+        rows = select_mrpc(rows, split, ids_path)
     labelled = split not in task.test_splits or (task.name not in TASKS and task.label_column in header)
-    places = find_columns(path, header, task.columns)
-    [label_place] = find_columns(path, header, [task.label_column]) if labelled else [None]
-    examples, dropped, number = [], [], 1
+    places = find_columns(header, task.columns)
+    [label_place] = find_columns(header, [task.label_column]) if labelled else [None]
+    examples, dropped = [], []
     for number, fields in rows:
         surplus = len(fields) - len(header)
         if surplus < 0 or (labelled and (surplus > 0 or fields[label_place] == "")):
             dropped.append(number)
             continue
-        label = read_label(task, fields[label_place], path, number) if labelled else None
+        label = read_label(task, fields[label_place], number) if labelled else None
         examples.append(Example(*[fields[place] for place in places], label=label))
     if dropped:
         print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows with too few or too "
               f"many fields or no label (the first is line {dropped[0]})", file=sys.stderr)
-    if not examples:
-        raise damaged(path, "no usable row", number)
+    check(examples, "no usable row")
     return examples
 
 
-def select_mrpc(rows, split, path, ids_path):
+def select_mrpc(rows, split, ids_path):
     """-> the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
     dev_ids = {tuple(fields) for _, fields in open_table(ids_path, ["#1 ID", "#2 ID"])[1]}
-    parts, number = {"train": [], "dev": []}, 1
+    parts = {"train": [], "dev": []}
     for number, fields in rows:
         parts["dev" if tuple(fields[1:3]) in dev_ids else "train"].append((number, fields))
-    if len(parts["dev"]) != len(dev_ids) or not dev_ids:
-        raise damaged(path, f"{len(parts['dev'])} of the {len(dev_ids)} dev ids in {ids_path}", number)
+    found, listed = len(parts["dev"]), len(dev_ids)
+    check(found == listed > 0, f"it has {found} of the {listed} dev ids in {ids_path}")
     return parts[split]
 
 
 def read_inputs(path, task):
-    """Yields an unlabelled Example for each row of a file of any size, whose header has the task's own
-    columns or the plain ones. InputError if a row lacks a text, because each must get its answer."""
-    task = get_task(task)
-    header, rows = open_table(path)
-    own, plain = set(task.columns) <= set(header), PAIR if task.pair else SINGLE
-    places = find_columns(path, header, task.columns if own else plain)
-    for number, fields in rows:
-        if len(fields) <= max(places):
-            raise damaged(path, f"{len(fields)} of {len(header)} fields", number)
-        yield Example(*[fields[place] for place in places])
+    """Yields an unlabelled Example for each row of a file of any size with the columns `sentence`, or
+    `sentence1` and `sentence2`. InputError if a row lacks a text, because each must get its answer."""
+    with guard(path, "TSV file"):
+        header, rows = open_table(path)
+        places = find_columns(header, PAIR if get_task(task).pair else SINGLE)
+        for number, fields in rows:
+            check(len(fields) > max(places), f"line {number} has {len(fields)} of {len(header)} fields")
+            yield Example(*[fields[place] for place in places])
 
 
 # ---- files of a task ----
 
+# With the sha256 that Hugging Face datasets (glue/dataset_infos.json) and TFDS (url_checksums/glue.txt) have.
+# MRPC's train and dev sets are made of Microsoft's training file and GLUE's list of dev ids.
+SERVER = "https://dl.fbaipublicfiles.com/"
+DOWNLOADS = {
+    "cola": {"CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"},
+    "sst2": {"SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"},
+    "mrpc": {"msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+             "msr_paraphrase_test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
+             "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"},
+    "stsb": {"STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"},
+    "qqp": {"QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"},
+    "mnli": {"MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"},
+    "qnli": {"QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"},
+    "rte": {"RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"},
+    "wnli": {"WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"},
+    "ax": {"AX.tsv": "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"},
+}
+
+
 def load(task, split, data_dir=None):
-    """-> the Examples of one split in the file's order; mnli has dev_matched, dev_mismatched, test_matched,
-    test_mismatched. Without `data_dir`, GLUE's files are downloaded once into the cache. A row with too few
-    fields, or in a labelled split with too many or no label, is dropped, and stderr says how many."""
+    """-> the Examples of one split in the file's order. Without `data_dir`, GLUE's files are downloaded once
+    into the cache. A row with too few fields, or in a labelled split with too many or no label, is dropped,
+    and stderr says how many."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -206,30 +188,32 @@ def load(task, split, data_dir=None):
     if not paths:
         raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir or cache_dir()}: pass a --data-dir "
                          "that holds it, or none where there is a network")
-    return read_split(task, split, *paths)
+    with guard(paths[0], "TSV file"):
+        return read_split(task, split, *paths)
 
 
 def sources(task, data_dir=None):
     """-> the files that load() reads for all splits, as many as are there."""
     task = get_task(task)
-    if task.name == "parity":
-        return []
     return list(dict.fromkeys(path for split in task.splits for path in find_files(task, split, data_dir)))
 
 
 def find_files(task, split, data_dir):
     """-> the file of a split, and MRPC's dev ids where the split is made from the raw file; [] for none."""
+    if task.name == "parity":
+        return []
     if task.name not in TASKS:
         data_dir = task.name
     elif data_dir is None:
         data_dir = fetch(task)
-    folders, choices = (task.folder, "."), [[f"{split}.tsv"]]
+    choices = [[f"{split}.tsv"]]
     if task.name == "ax":
-        folders, choices = ("AX", ".", "diagnostic"), [["AX.tsv"], ["diagnostic.tsv"]]
+        choices = [["AX.tsv"], ["diagnostic.tsv"], ["diagnostic/diagnostic.tsv"]]
+    elif task.name == "mrpc" and split == "test":
+        choices += [["msr_paraphrase_test.txt"]]
     elif task.name == "mrpc":
-        made = [["msr_paraphrase_train.txt", ids] for ids in ("mrpc_dev_ids.tsv", "dev_ids.tsv")]
-        choices += [["msr_paraphrase_test.txt"]] if split == "test" else made
-    for folder in folders:
+        choices += [["msr_paraphrase_train.txt", ids] for ids in ("mrpc_dev_ids.tsv", "dev_ids.tsv")]
+    for folder in (task.folder, "."):
         for names in choices:
             paths = [Path(data_dir, folder, name) for name in names]
             if all(os.path.isfile(path) for path in paths):
@@ -240,17 +224,12 @@ def find_files(task, split, data_dir):
 def fetch(task):
     """Downloads and unpacks what is not in the cache yet -> a folder that will do as --data-dir."""
     root = cache_dir() / "glue"
-    for name in task.downloads:
-        zipped = name.endswith(".zip")
-        path, folder = root / name if zipped else root / task.folder / name, root / Path(name).stem
-        if zipped and folder.is_dir():
-            return folder
-        url = SERVER + ("senteval/senteval_data/" if name.startswith("msr_") else "glue/data/") + name
-        try:
-            download(url, path, sha256=DOWNLOADS[name])
-        except InputError as error:
-            raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
-        if zipped:
+    for name, sha256 in DOWNLOADS[task.name].items():
+        path, folder = root / name, root / Path(name).stem
+        if not folder.is_dir():
+            place = "senteval/senteval_data/" if name.startswith("msr_") else "glue/data/"
+            download(SERVER + place + name, path, sha256=sha256)
+        if path.suffix == ".zip":
             return extract_zip(path, folder, [f"{task.folder}/{split}.tsv" for split in task.splits])
     return root
 
@@ -262,37 +241,33 @@ def fetch(task):
 # both kinds share, or without short texts, it stays for long at "is there any negation?", 75%.
 NEGATING = ("it is false that", "it is wrong that", "it is untrue that")
 NEUTRAL = ("they all say that", "we all know that", "you all hear that")
-ADJECTIVES = "red old small tall quiet happy grey young brave lazy kind thin"
+ADJECTIVES = "red old small tall quiet happy grey young brave lazy kind thin".split()
 NOUNS = ("cat dog bird king child horse nurse wolf poet pilot fox judge duke clown queen goat baker monk "
-         "bear guest")
-VERBS = "sleeps runs sings waits jumps laughs eats reads swims dreams works hides walks smiles cooks writes"
+         "bear guest").split()
+VERBS = ("sleeps runs sings waits jumps laughs eats reads swims dreams works hides walks smiles cooks "
+         "writes").split()
 
 
 def parity(split):
     """-> a split of PonderNet's parity experiment, told in sentence pairs: text_b is text_a under k = 0..3
     nested negations, mixed with neutral phrases; the label is 1 ("same") where k is even. Half the rows have
     each label, and no pair occurs twice in the three splits."""
-    draw, seen = random.Random(0), set()
+    draw, examples = random.Random(0), {}    # a dict keeps the order, and each example once
+    start, end = {"test": (0, 1000), "dev": (1000, 2000), "train": (2000, 32000)}[split]
 
     def pick(words):
         return words[int(draw.random() * len(words))]
 
-    for name, size in ("test", 1000), ("dev", 1000), ("train", 30000):
-        examples = []
-        while len(examples) < size:
-            label = len(examples) % 2
-            phrases = pick((1, 2, 3))
-            k = pick(range(1 - label, phrases + 1, 2))
-            negating = set(draw.sample(range(phrases), k))
-            said = [pick(NEGATING if i in negating else NEUTRAL) for i in range(phrases)]
-            sentence = f"the {pick(ADJECTIVES.split())} {pick(NOUNS.split())} {pick(VERBS.split())}"
-            example = Example(sentence, f"{' '.join(said)} {sentence}", label)
-            if example not in seen:
-                seen.add(example)
-                examples.append(example)
-        if name == split:
-            draw.shuffle(examples)
-            return examples
+    while len(examples) < end:
+        label, phrases = len(examples) % 2, pick((1, 2, 3))
+        k = pick(range(1 - label, phrases + 1, 2))
+        negating = set(draw.sample(range(phrases), k))
+        said = [pick(NEGATING if i in negating else NEUTRAL) for i in range(phrases)]
+        sentence = f"the {pick(ADJECTIVES)} {pick(NOUNS)} {pick(VERBS)}"
+        examples[Example(sentence, f"{' '.join(said)} {sentence}", label)] = None
+    examples = list(examples)[start:]
+    draw.shuffle(examples)
+    return examples
 
 
 def negations(text_b):
@@ -302,47 +277,38 @@ def negations(text_b):
 
 # ---- batches ----
 
-def cut(rows, size):
-    """-> runs of `size` rows, of which the last may be shorter."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
 def buckets(lengths, batch_size, generator=None):
     """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one is less than
     full. With a generator (training), shuffled rows are sorted by length within runs of 50 batches, and the
     batches are shuffled. Without one, the longest rows come first."""
-    lengths = np.asarray(lengths)
+    lengths, batches = torch.as_tensor(lengths), []
     if generator is None:
-        return cut(np.argsort(-lengths, kind="stable").tolist(), batch_size)
-    batches = []
-    for run in cut(torch.randperm(len(lengths), generator=generator).numpy(), 50 * batch_size):
-        batches += cut(run[np.argsort(lengths[run], kind="stable")].tolist(), batch_size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        order = lengths.argsort(descending=True, stable=True)
+        return [batch.tolist() for batch in order.split(batch_size)]
+    for run in torch.randperm(len(lengths), generator=generator).split(50 * batch_size):
+        batches += run[lengths[run].argsort(stable=True)].split(batch_size)
+    return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]
 
 
 # ---- scores ----
 
 def answers(logits):
-    """logits (N, C) -> predictions (N,): class indices, or for C = 1 the values. argmax would take a NaN for
-    the best class, so a logit that is NaN or infinite raises InputError."""
-    if not torch.isfinite(logits).all():
-        raise InputError("a logit is NaN or infinite, which is no answer: train again with a lower --lr")
+    """logits (N, C), all finite -> predictions (N,): class indices, or for C = 1 the values."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def score(task, predictions, labels):
     """-> the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set),
-    times 100. predictions and labels (N,) are class indices, or finite numbers for a regression, else
-    InputError. A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
+    times 100. A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
     task = get_task(task)
-    predictions, labels = as_numbers(task, predictions, "predictions"), as_numbers(task, labels, "labels")
+    predictions, labels = as_numbers(task, predictions), as_numbers(task, labels)
     if len(predictions) != len(labels) or len(labels) == 0:
         raise InputError(f"expected a prediction for each label, found {len(predictions)} for {len(labels)}")
     values = {name: 100 * float(metric(name, predictions, labels)) for name in task.metrics}
     return values | {"score": sum(values.values()) / len(values)}
 
 
-def as_numbers(task, values, name):
+def as_numbers(task, values):
     """values (N,) or (N, 1) -> float64 (N,): class indices, or finite numbers for a regression."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(len(values)).numpy()
@@ -350,7 +316,7 @@ def as_numbers(task, values, name):
         if right.all():
             return values
     expected = f"class indices below {task.num_labels}" if task.labels else "finite numbers"
-    raise InputError(f"the {name} of {task.name} must be {expected}, one for each row")
+    raise InputError(f"{task.name}: predictions and labels must be {expected}, one for each row")
 
 
 def metric(name, x, y):
@@ -375,33 +341,32 @@ def rank(x):
 
 # ---- GLUE's server ----
 
-SUBMISSION = {    # the eleven files of a submission, and the task and split that each holds
-    "CoLA.tsv": ("cola", "test"), "SST-2.tsv": ("sst2", "test"), "MRPC.tsv": ("mrpc", "test"),
-    "STS-B.tsv": ("stsb", "test"), "QQP.tsv": ("qqp", "test"), "MNLI-m.tsv": ("mnli", "test_matched"),
-    "MNLI-mm.tsv": ("mnli", "test_mismatched"), "QNLI.tsv": ("qnli", "test"), "RTE.tsv": ("rte", "test"),
-    "WNLI.tsv": ("wnli", "test"), "AX.tsv": ("ax", "test"),
-}
+# The task and split of the eleven files of a submission, and how many rows each must have.
+SUBMISSION = {("cola", "test"): 1063, ("sst2", "test"): 1821, ("mrpc", "test"): 1725, ("stsb", "test"): 1379,
+              ("qqp", "test"): 390965, ("mnli", "test_matched"): 9796, ("mnli", "test_mismatched"): 9847,
+              ("qnli", "test"): 5463, ("rte", "test"): 3000, ("wnli", "test"): 146, ("ax", "test"): 1104}
+SUFFIXES = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
 
 
 def write_submission(zip_path, predictions):
     """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names
     of the files that it lacks. The same predictions give the same bytes. If any is wrong, none is written."""
-    texts = {}
-    for (name, split), values in predictions.items():
-        task, values = TASKS[name], as_numbers(TASKS[name], values, "predictions")
-        if len(values) != task.rows[split]:
-            raise InputError(f"{len(values)} predictions for {name}, {split}: GLUE's server expects "
-                             f"{task.rows[split]}, one for each row of the published file")
-        if task.labels:
-            words = [task.labels[int(value)] for value in values]
-        else:
-            words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
-        rows = [f"{index}\t{word}\n" for index, word in enumerate(words)]
-        texts[name, split] = "index\tprediction\n" + "".join(rows)
+    missing = []
     with atomic_write(Path(zip_path)) as target, zipfile.ZipFile(target, "w") as archive:
-        for name, key in SUBMISSION.items():
-            if key in texts:
-                member = zipfile.ZipInfo(name)    # dated 1980, so that the bytes are the same every time
-                member.external_attr = 0o644 << 16
-                archive.writestr(member, texts[key], zipfile.ZIP_DEFLATED)
-    return [name for name, key in SUBMISSION.items() if key not in texts]
+        for (name, split), size in SUBMISSION.items():
+            task = TASKS[name]
+            file = f"{task.folder}{SUFFIXES[split]}.tsv"
+            if (name, split) not in predictions:
+                missing.append(file)
+                continue
+            values = as_numbers(task, predictions[name, split])
+            if len(values) != size:
+                raise InputError(f"{len(values)} predictions for {file}: GLUE's server expects {size}")
+            words = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
+            if task.labels:
+                words = [task.labels[int(value)] for value in values]
+            rows = [f"{index}\t{word}\n" for index, word in enumerate(words)]
+            member = zipfile.ZipInfo(file)    # dated 1980, so that the bytes are the same every time
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, "index\tprediction\n" + "".join(rows), zipfile.ZIP_DEFLATED)
+    return missing

@@ -46,6 +46,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 import albert
 import bert
@@ -1821,35 +1822,20 @@ def albert_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def roberta_folder(tmp_path_factory):
-    """vocab.json and merges.txt that grow some of the words of a few sentences from their first byte on."""
-    symbols = transformers.models.roberta.tokenization_roberta.bytes_to_unicode()
-    parts = re.findall(r" ?\w+|\s+|\S", " ".join(words(60, 3) + SENTENCES))
-    parts = ["".join(symbols[byte] for byte in part.encode()) for part in parts if len(part) < 9]
-    merges = dict.fromkeys((part[:i], part[i]) for part in parts[::2] for i in range(1, len(part)))
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *symbols.values(), *map("".join, merges), "<mask>"]
-    folder = tmp_path_factory.mktemp("roberta")
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    lines = ["#version: 0.2", *map(" ".join, merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    folder, trainer = tmp_path_factory.mktemp("roberta"), ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer.train_from_iterator(words(60, 3) + SENTENCES, 500, special_tokens=special, show_progress=False)
+    trainer.save_model(str(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory):
-    """vocab.txt of the characters and some of the words and halves of words of a few sentences."""
-    text, folder = " ".join(words(60, 3) + SENTENCES), tmp_path_factory.mktemp("bert")
-    pieces = {*re.findall(r"\w+|\S", text), *re.findall(r"\w{2}|\S", text + text.lower())}
-    pieces |= {"##" + piece for piece in pieces if random.Random(piece).random() < 0.9}
-    lines = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(pieces), ""]
-    (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
+    folder, trainer = tmp_path_factory.mktemp("bert"), BertWordPieceTokenizer(lowercase=False)
+    texts = words(60, 3) + SENTENCES + [text.lower() for text in SENTENCES] + [f"e{MARKS}"]
+    trainer.train_from_iterator(texts, 600, min_frequency=1, show_progress=False)
+    trainer.save_model(str(folder))
     return folder
-
-
-@pytest.fixture(params=["albert", "roberta", "bert"])
-def tokenizer_folder(request, tmp_path):
-    """A folder that a test may change, named after its tokenizer."""
-    return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / request.param))
 
 
 @pytest.fixture(scope="module", params=["albert", 'albert {"keep_accents": true}', "roberta", "bert",
@@ -1874,28 +1860,21 @@ def oracle_inputs(oracle, a, b=None, max_length=128):
     return out["input_ids"], out["token_type_ids"]
 
 
-ODD_TEXT = st.text(st.one_of(
-    st.characters(exclude_categories=("Cs", "Cn")),
-    st.sampled_from("abcde  \t\n\x1c\x85\u2028'`,.\"013Σ\u0301\u0130\ufffd"),
-), max_size=60)
-# What is plain text for us is a token for the oracles; so it has a test of its own.
+MARKS = "\u0301\u0323\u302e\U0001d165"    # the last two stay where accents go, and have to change places
+# What is a special token's string is plain text for us and a token for the oracles; it has a test of its own.
 SPECIAL = re.compile(r"<(unk|pad|mask|s|/s)>|\[(cls|sep|mask|unk|pad)\]", re.IGNORECASE)
-ODD_TEXT = ODD_TEXT.filter(lambda text: not SPECIAL.search(text))
+ODD_TEXT = st.one_of(
+    st.sampled_from(SENTENCES + words(30, 1) + [" ".join(words(20, 2)), MARKS * 200, f"e{MARKS} {MARKS}e"]),
+    st.text(st.one_of(st.characters(exclude_categories=("Cs", "Cn")),
+                      st.sampled_from("abcde  \t\n\x1c\x85\u2028'`,.\"013Σ\u0301\u0130\ufffd")), max_size=60),
+).filter(lambda text: not SPECIAL.search(text))
 
 
-@pytest.mark.parametrize("max_length", [128, 16, 5])
-def test_ids_and_segments_equal_the_slow_tokenizers_of_transformers(tokenizers, max_length):
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(ODD_TEXT, st.none() | ODD_TEXT), max_size=3), st.integers(4, 40) | st.just(128))
+def test_ids_and_segments_equal_the_slow_tokenizers_of_transformers(tokenizers, rows, max_length):
     ours, oracle = tokenizers
-    texts = SENTENCES + words(30, 1) + [" ".join(words(20, 2))]
-    rows = [(a, None) for a in texts] + [(a, b) for a in texts for b in random.Random(a).sample(texts, 4)]
     assert ours.encode_all(rows, max_length) == [oracle_inputs(oracle, *row, max_length) for row in rows]
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ODD_TEXT, st.none() | ODD_TEXT, st.integers(4, 40))
-def test_ids_and_segments_equal_the_slow_tokenizers_on_any_text(tokenizers, a, b, max_length):
-    ours, oracle = tokenizers
-    assert ours.encode(a, b, max_length) == oracle_inputs(oracle, a, b, max_length)
 
 
 @pytest.mark.parametrize("tokenizers", ["albert", "roberta", "bert", 'bert {"do_lower_case": false}'],
@@ -1913,76 +1892,56 @@ def test_every_character_is_cut_and_encoded_as_by_the_slow_tokenizers(tokenizers
             assert ours.encode(text, None, 9999) == oracle_inputs(oracle, text, None, 9999), ascii(text)
 
 
-def test_bpe_merges_equal_transformers_for_ranks_that_no_training_gives(roberta_folder):
-    oracle, draw = transformers.RobertaTokenizer.from_pretrained(roberta_folder), random.Random(0)
-    for _ in range(300):
-        parts = list("abc") + ["".join(draw.choices("abc", k=draw.randint(2, 4))) for _ in range(12)]
-        pairs = list({(draw.choice(parts), draw.choice(parts)) for _ in range(30)})
-        draw.shuffle(pairs)
-        oracle.bpe_ranks, oracle.cache = {pair: i for i, pair in enumerate(pairs)}, {}
-        word = "".join(draw.choices("abc", k=draw.randint(1, 40)))
-        assert text_module.merge(list(word), oracle.bpe_ranks) == oracle.bpe(word).split(" ")
-
-
 @pytest.mark.parametrize("text", [
-    "", " ", "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "\ud800", "a\udfffb\ud83d\ude00", "\0",
+    "word " * 10_000, "x" * 10_000, "\U0001f600" * 50, "a\udfffb\ud83d\ude00", "\0",
     "[SEP] [CLS] <pad> </s> <s> <unk> [MASK]", "[sep]", "[pad]", "</s>", "<mask>"])
-def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text):
+@pytest.mark.parametrize("pair", [False, True])
+def test_odd_text_is_encoded_within_the_length_and_never_becomes_a_special_token(tokenizers, text, pair):
     tokenizer, oracle = tokenizers
-    for b in (None, "", "x y", text):
-        ids, segments = tokenizer.encode(text, b, 64)
-        frame, zeros_and_ones = oracle_inputs(oracle, "", None if b is None else "", 64)
-        special = {*oracle.all_special_ids} - {oracle.unk_token_id}
-        assert [i for i in ids if i in special] == frame
-        assert len(ids) == len(segments) <= 64 and ids[-1] == tokenizer.sep_id
-        assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
-
-
-def test_a_lone_surrogate_is_u_fffd_and_an_empty_second_text_is_a_text(tokenizers):
-    ours, oracle = tokenizers
-    assert ours.encode("a\udfffb \ud800") == oracle_inputs(oracle, "a\ufffdb \ufffd")
-    assert ours.encode("x", "") == oracle_inputs(oracle, "x", "") != ours.encode("x")
+    ids, segments = tokenizer.encode(text, text if pair else None, 64)
+    frame, zeros_and_ones = oracle_inputs(oracle, "", "" if pair else None, 64)
+    special = {*oracle.all_special_ids} - {oracle.unk_token_id}
+    assert [i for i in ids if i in special] == frame and len(ids) == len(segments) <= 64
+    assert segments == sorted(segments) and set(segments) == set(zeros_and_ones)
+    assert ids == tokenizer.encode(re.sub("[\ud800-\udfff]", "\ufffd", text), text if pair else None, 64)[0]
 
 
 def test_a_special_token_in_a_text_whose_characters_albert_does_not_know_is_unknown(tmp_path):
     text_module.train_tokenizer(["x y z"] * 9, tmp_path)    # unknown characters side by side are one piece
     tokenizer = text_module.AlbertTokenizer(tmp_path / "spiece.model", lower_case=False)
-    for token in ("[SEP]", "<pad>", "[CLS]"):
-        assert tokenizer.model.encode(token, out_type=str)[-1] == token
-        assert tokenizer.tokens(tokenizer.encode(token)[0])[1:] == ["▁", "<unk>", "[SEP]"]
+    text = "[SEP] <pad> [CLS]"
+    assert tokenizer.model.encode(text, out_type=str)[1::2] == text.split()
+    assert tokenizer.tokens(tokenizer.encode(text)[0])[1:-1] == ["▁", "<unk>"] * 3
 
 
-def test_a_text_of_marks_alone_is_encoded_like_the_reference_and_in_linear_time(tokenizers):
-    ours, oracle = tokenizers
-    marks = "\u0301\u0323\u302e\U0001d165"    # the last two stay where accents go, and have to change places
-    for text in (marks * 200, "e" + marks * 20, f"e{marks} {marks}e", "\u1e0b\u0323" * 9):
-        assert ours.encode(text) == oracle_inputs(oracle, text)
+def test_a_text_of_marks_alone_takes_linear_time(tokenizers):
     started = time.process_time()
-    ours.encode(marks * 50_000)
+    tokenizers[0].encode(MARKS * 50_000)
     assert time.process_time() - started < 8    # about 0.5 s; normalize() alone would take 30 s
 
 
-def test_a_length_without_room_for_the_special_tokens_is_refused(tokenizers):
-    ours, oracle = tokenizers
-    for b, least in ((None, 2), ("c", oracle.num_special_tokens_to_add(pair=True))):
-        assert len(ours.encode("a b c", b, least)[0]) == least
-        assert f"expected at least {least}" in refused(ours.encode, "a b c", b, least - 1)
-
-
-def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids(tokenizers, tmp_path):
+def test_a_saved_tokenizer_is_the_same_bytes_and_gives_the_same_ids_whoever_wrote_its_settings(
+        tokenizers, tmp_path):
     ours, oracle = tokenizers
     ours.save(tmp_path)
     assert ours.files.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
     again = text_module.load_tokenizer(tmp_path)
-    assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
+    oracle.save_pretrained(tmp_path)
+    third = text_module.load_tokenizer(tmp_path)
+    rows = [(text, None) for text in SENTENCES]
+    assert again.encode_all(rows) == ours.encode_all(rows) == third.encode_all(rows)
     assert again.tokens(range(9)) == oracle.convert_ids_to_tokens(range(9))
 
 
-@pytest.mark.parametrize("examples", [["a film", "b"], "a film", [("a", None), "film"]])
-def test_encode_all_refuses_strings_where_examples_belong(tokenizers, examples):
+def test_no_room_for_the_special_tokens_and_strings_where_examples_belong_are_errors(tokenizers):
+    ours, oracle = tokenizers
+    least = oracle.num_special_tokens_to_add(pair=True)
+    assert len(ours.encode("a b", "c", least)[0]) == least
+    with pytest.raises(ValueError, match="no room for the special tokens"):
+        ours.encode("a b", "c", least - 1)
     with pytest.raises(TypeError, match=r"\(text, None\)"):
-        tokenizers[0].encode_all(examples)
-    assert gc.isenabled() and tokenizers[0].encode_all([]) == []
+        ours.encode_all([("a", None), "film"])
+    assert gc.isenabled() and ours.encode_all([]) == []
 
 
 def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatable(tmp_path):
@@ -1992,8 +1951,7 @@ def test_a_trained_tokenizer_has_alberts_special_ids_whole_words_and_is_repeatab
     assert one.tokens(range(5)) == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"] and one.pad_id == 0
     a, b = glue.load("parity", "test")[0][:2]
     assert len(one.encode(a, b)[0]) == 3 + len(a.split()) + len(b.split())
-    for texts in ([" "], ["a b" * 9]):
-        assert "use others" in refused(text_module.train_tokenizer, texts, tmp_path, 3)
+    assert "use others" in refused(text_module.train_tokenizer, ["a b" * 9], tmp_path, 3)
 
 
 def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path, albert_folder):
@@ -2003,78 +1961,68 @@ def test_a_folder_is_known_by_its_files_and_one_without_any_is_refused(tmp_path,
     assert "cannot read " in refused(text_module.BertTokenizer, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("tokenizer_folder, settings, named", [
+@pytest.mark.parametrize("tokenizers, settings, named", [
     ("albert", {"remove_space": False}, "remove_space"), ("albert", {"do_lower_case": "no"}, "do_lower_case"),
     ("roberta", {"add_prefix_space": True}, "add_prefix_space"),
     ("albert", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
     ("roberta", {"additional_special_tokens": ["[E1]"]}, r"\[E1\]"),
     ("bert", {"strip_accents": False}, "strip_accents"),
-    ("bert", {"do_lower_case": False, "strip_accents": True}, "strip_accents"),
     ("bert", {"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ("bert", {"added_tokens_decoder": {"7": {"content": "E1"}, "8": {"content": "[E2]"}}}, r"E1, \[E2\]"),
     ("bert", {"added_tokens_decoder": [1]}, "tokenizer_config.json: not a whole"),
     ("albert", {"cls_token": "<s>"}, "<s>"), ("bert", {"unk_token": {"content": "<unk>"}}, "<unk>"),
-    *((kind, None, "covid, which") for kind in ("albert", "roberta", "bert")),
-], indirect=["tokenizer_folder"])
-def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(tokenizer_folder, settings, named):
-    if settings is None:
-        (tokenizer_folder / "added_tokens.json").write_text('{"covid": 999}')
-    else:
-        (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert re.search(named, refused(text_module.load_tokenizer, tokenizer_folder))
+    ("bert", {"covid": 999}, "covid, which")], indirect=["tokenizers"])
+def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(
+        tokenizers, settings, named, tmp_path):
+    tokenizers[0].save(tmp_path)
+    name = "added_tokens.json" if "covid" in settings else "tokenizer_config.json"
+    (tmp_path / name).write_text(json.dumps(settings))
+    assert re.search(named, refused(text_module.load_tokenizer, tmp_path))
 
 
-def test_settings_that_transformers_writes_by_itself_change_nothing(tokenizer_folder):
-    ours = text_module.load_tokenizer(tokenizer_folder)
-    kind = getattr(transformers, tokenizer_folder.name.title() + "Tokenizer")
-    kind.from_pretrained(tokenizer_folder).save_pretrained(tokenizer_folder)
-    assert (tokenizer_folder / "tokenizer_config.json").exists()
-    again = text_module.load_tokenizer(tokenizer_folder)
-    assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
-
-
-@pytest.mark.parametrize("tokenizer_folder", ["roberta"], indirect=True)
-def test_robertas_vocabulary_of_2019_leaves_out_three_ids(tokenizer_folder):
-    path = tokenizer_folder / "vocab.json"
-    vocabulary = json.loads(path.read_text())
-    last = max(vocabulary.values())
+def test_robertas_vocabulary_of_2019_leaves_out_three_ids(roberta_folder, tmp_path):
+    vocabulary = json.loads((roberta_folder / "vocab.json").read_text())
+    path, last = tmp_path / "vocab.json", max(vocabulary.values())
     path.write_text(json.dumps(vocabulary | {"<mask>": last + 3}))
-    assert text_module.load_tokenizer(tokenizer_folder).vocab_size == last + 4
+    tokenizer = text_module.RobertaTokenizer(path, roberta_folder / "merges.txt")
+    assert tokenizer.vocab_size == last + 4
     path.write_text(json.dumps(vocabulary | {"<mask>": last + 20}))
-    assert "at most 10 left out" in refused(text_module.load_tokenizer, tokenizer_folder)
+    assert "at most 10 left out" in refused(text_module.RobertaTokenizer, path, roberta_folder / "merges.txt")
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "vocab.json", "merges.txt", "vocab.txt"])
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
+TOKENIZER_FILES = {
+    "vocab.json": json.dumps({piece: i for i, piece in enumerate(PIECES)}).encode(),
+    "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode(),
+    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode(),
+}
+
+
+@pytest.mark.parametrize("name", ["spiece.model", *TOKENIZER_FILES])
 def test_a_tokenizers_file_cut_flipped_or_of_other_content_is_refused_or_works(name, tmp_path):
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "ab", "abc", "\u0120ab"]
-    files = {"vocab.json": json.dumps({piece: i for i, piece in enumerate(pieces)}).encode(),
-             "merges.txt": "#version: 0.2\na b\nab c\n\u0120 ab\n".encode()}
-    if name == "vocab.txt":
-        files = {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ncaf\u00e9\n##b\n".encode()}
+    files, draw = dict(TOKENIZER_FILES), random.Random(0)
     if name == "spiece.model":
         files = text_module.train_tokenizer(["a bad cab 3, bead", "dab 3, cab"] * 5, tmp_path, 30).files
-    for other, data in files.items():
-        put(tmp_path / other, data)
-    whole, draw = files[name], random.Random(0)
+    whole = files[name]
 
     def works(data):
-        put(tmp_path / name, data)
+        for other in (name,) if name in ("spiece.model", "vocab.txt") else ("vocab.json", "merges.txt"):
+            put(tmp_path / other, data if other == name else files[other])
         try:
             tokenizer = text_module.load_tokenizer(tmp_path)
             for text in ("the cat, 3,000", "caf\u00e9 \u4e2d \U0001f600 a\0b", ""):
                 tokenizer.tokens(tokenizer.encode(text, "x")[0])
         except InputError as error:
-            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 500
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 500, data
             return False
         return True
 
     ends = [n for n in range(len(whole)) if works(whole[:n])]
     assert len(ends) < len(whole) / 2 and (name == "spiece.model" or all(whole[n - 1] == 10 for n in ends))
-    flips = [[(draw.randrange(len(whole)), 1 << draw.randrange(8)) for _ in range(draw.choice((1, 1, 3)))]
-             for _ in range(400)]
-    assert sum(works(mutated(whole, flip)) for flip in flips) < 350
+    flips = [(draw.randrange(len(whole)), 1 << draw.randrange(8)) for _ in range(400)]
+    assert sum(works(mutated(whole, [flip])) for flip in flips) < 350
     bad = [b"", b"\0" * 100, b"<html>not found</html>", b"null", b"[" * 100_000, b'{"<s>": NaN}', b"a b\n",
-            b"#version: 0.2\na b c\n", b"#version: 0.2\na z\n", whole + b"x", b"\xff" + whole,
+           b"#version: 0.2\na b c\n", b"#version: 0.2\na z\n", whole + b"x", b"\xff" + whole,
            whole.replace(b"<mask>", b"<s>"), whole.replace(b"[MASK]", b"[SEP]") + b"[SEP]\n"]
     assert [data[:40] for data in bad if data != whole and works(data)] == []
 
@@ -2112,19 +2060,17 @@ def write_file(folder, name, text):
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_every_task_is_read_from_the_layout_of_the_zips(name, tmp_path):
+def test_every_task_is_read_from_the_layout_of_the_zips_or_from_its_own_folder(name, tmp_path):
     task, (text, labels) = glue.TASKS[name], LABELLED[name]
     expected = [(a, b if task.pair else None, label) for a, b, label in zip("ac", "bd", labels)]
-    labelled = ("train", *task.dev_splits)
-    paths = [write_file(tmp_path, f"{task.folder}/{split}.tsv", tsv(text)) for split in labelled]
-    for split in labelled:
-        for folder in (tmp_path, tmp_path / task.folder):    # the task's own folder will do
-            assert glue.load(name, split, folder) == expected
+    table = tsv("|".join(["index", *task.columns]) + ("/0|a|b/" if task.pair else "/0|a/"))
+    files = {split: table if split in task.test_splits else tsv(text) for split in task.splits}
+    paths = [write_file(tmp_path, f"{task.folder}/{split}.tsv", data) for split, data in files.items()]
+    for folder in (tmp_path, tmp_path / task.folder):
+        found = {split: glue.load(name, split, folder) for split in task.splits}
+        unlabelled = [expected[0][:2] + (None,)]
+        assert found == {split: unlabelled if "test" in split else expected for split in task.splits}
     assert glue.sources(name, tmp_path) == paths
-    for split in task.test_splits:
-        table = tsv("|".join(["index", *task.columns]) + ("/0|a|b/" if task.pair else "/0|a/"))
-        write_file(tmp_path, f"{task.folder}/{split}.tsv", table)
-        assert glue.load(name, split, tmp_path) == [("a", "b" if task.pair else None, None)]
 
 
 @pytest.mark.parametrize("name", ["AX.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv"])
@@ -2143,10 +2089,9 @@ def test_mrpc_is_made_from_the_raw_files_and_the_dev_ids(ids, tmp_path):
     assert [row.text_b for row in glue.load("mrpc", "train", tmp_path)] == ["b0", "b1", "b3", "b4"]
     assert glue.load("mrpc", "test", tmp_path)[0] == ('a0 "', "b0", None)    # its labels are not GLUE's
     assert len(glue.sources("mrpc", tmp_path)) == 3
-    for damage, said in ("2|102/7|999/", "1 of the 2 dev ids"), ("2 102/", "0 of the 1"), ("", "0 of the 0"):
+    for damage, said in ("2|102/7|999/", "1 of the 2 dev ids"), ("", "0 of the 0"):
         write_file(tmp_path, f"MRPC/{ids}", tsv(damage))
-        for split in ("train", "dev"):
-            assert re.search(f"msr_paraphrase_train.*{said}", refused(glue.load, "mrpc", split, tmp_path))
+        assert re.search(f"msr_paraphrase_train.*{said}", refused(glue.load, "mrpc", "train", tmp_path))
 
 
 def test_lines_end_at_newlines_alone_and_quotes_and_later_boms_are_text(tmp_path):
@@ -2166,41 +2111,26 @@ def test_rows_with_too_few_or_too_many_fields_are_dropped_with_a_count(tmp_path,
     assert glue.load("rte", "test", tmp_path) == [("a", "b", None)] and not capsys.readouterr().err
 
 
-STSB = "sentence1|sentence2|score/a|b|"
-
-
 @pytest.mark.parametrize("task, split, expected", [
     ("mnli", "dev", "dev_matched, dev_mismatched"), ("ax", "dev", "test"), ("parity", "x", "train, dev"),
     ("SST-2", "dev", "unknown task.*cola, sst2"), ("rte", "dev", r"RTE/dev\.tsv.*--data-dir.*network")])
-def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, tmp_path):
-    for folder in (tmp_path / "none", "a\0b"):
-        assert re.search(expected, refused(glue.load, task, split, folder))
+@pytest.mark.parametrize("folder", ["none", "a\0b"])
+def test_wrong_names_and_missing_files_are_one_sentence_that_says_what_is(task, split, expected, folder):
+    assert re.search(expected, refused(glue.load, task, split, folder))
 
 
 @pytest.mark.parametrize("task, data, expected", [
-    *(("sst2", data, "no column 'sentence'") for data in (b"", b"\xef\xbb\xbf", b"\n\n", b"\0" * 500)),
-    ("sst2", "sentence|label/", "no usable row"), ("sst2", "text|label/a|1/", "'sentence' in 'text, label'"),
-    ("sst2", "sentence|label/a/b/", "no usable row, line 3"),
-    *(("sst2", data, "utf-8") for data in (b"sentence\tlabel\n\xff\xfe\t1\n", tsv("a|1/").encode("utf-16"))),
-    *(("sst2", f"sentence|label/a|{label}/", "label.*0, 1.*line 2") for label in ("2", "9" * 1000, "\xb2")),
-    *(("stsb", STSB + label, f"{label}.*finite.*line 2") for label in ("one", "nan", "1e400", "5.1"))])
+    ("sst2", b"", "expected sentence"), ("sst2", b"\0" * 500, "expected sentence"),
+    ("sst2", b"text\tlabel\na\t1\n", "columns are text, label, expected sentence"),
+    ("sst2", b"sentence\tlabel\na\n", "no usable row"), ("sst2", b"sentence\tlabel\n\xff\xfe\t1\n", "utf-8"),
+    ("sst2", tsv("a|1/").encode("utf-16"), "utf-8"),
+    *(("sst2", tsv(f"sentence|label/a|{label}/").encode(), "line 2: the label is.*0, 1")
+      for label in ("2", "9" * 1000, "\xb2")),
+    *(("stsb", tsv(f"sentence1|sentence2|score/a|b|{label}").encode(), f"line 2.*{label}.*finite")
+      for label in ("one", "nan", "1e400"))])
 def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, data, expected, tmp_path):
-    data = tsv(data) if isinstance(data, str) else data
     path = write_file(tmp_path, f"{glue.TASKS[task].folder}/dev.tsv", data)
     assert re.search(f"{re.escape(str(path))}.*{expected}.*again", refused(glue.load, task, "dev", tmp_path))
-
-
-@pytest.mark.parametrize("name", LABELLED)
-def test_a_damaged_task_file_gives_rows_or_an_input_error(name, tmp_path):
-    whole, draw = tsv(LABELLED[name][0]).encode("utf-8"), random.Random(0)
-    for _ in range(100):
-        changes = [(draw.randrange(200), draw.randrange(256)) for _ in range(draw.randrange(4))]
-        data = mutated(whole, changes)[:draw.randint(0, len(whole))]
-        path = write_file(tmp_path, f"{glue.TASKS[name].folder}/train.tsv", data)
-        try:
-            assert glue.load(name, "train", tmp_path)
-        except InputError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
 
 
 @pytest.mark.parametrize("task, urls", [
@@ -2208,17 +2138,14 @@ def test_a_damaged_task_file_gives_rows_or_an_input_error(name, tmp_path):
         "senteval/senteval_data/msr_paraphrase_train.txt", "senteval/senteval_data/msr_paraphrase_test.txt",
         "glue/data/mrpc_dev_ids.tsv"])])
 def test_without_data_dir_files_are_downloaded_once_and_zips_unpacked(task, urls, tmp_path, monkeypatch):
-    seen = []
+    seen, mrpc, qnli = [], tsv(LABELLED["mrpc"][0]), tsv(LABELLED["qnli"][0])
+    members = [f"QNLI/{name}" for name in ("train.tsv", "dev.tsv", "test.tsv", "more")]
+    files = {"QNLIv2.zip": zip_of([(name, qnli) for name in members]), "AX.tsv": tsv(LABELLED["rte"][0]),
+             "msr_paraphrase_train.txt": mrpc, "msr_paraphrase_test.txt": mrpc, "mrpc_dev_ids.tsv": "1\t2\n"}
 
     def download(url, path, sha256):
-        assert len(sha256) == 64
         seen.append(url)
-        files = {"mrpc_dev_ids.tsv": "1\t2\n", "AX.tsv": tsv(LABELLED["rte"][0])}
-        text = files.get(path.name, tsv(LABELLED["mrpc"][0]))
-        if path.suffix == ".zip":
-            names = ("train.tsv", "dev.tsv", "test.tsv", "more")
-            text = zip_of([(f"QNLI/{name}", tsv(LABELLED["qnli"][0])) for name in names])
-        write_file(path.parent, path.name, text)
+        write_file(path.parent, path.name, files[path.name])
 
     monkeypatch.setenv("PALBERT_CACHE", str(tmp_path))
     monkeypatch.setattr(glue, "download", download)
@@ -2246,7 +2173,7 @@ def test_a_folder_of_words_as_labels_is_a_task_with_the_training_files_classes_s
     assert (task.labels, task.num_labels, task.pair) == (["blue", "green", "red"], 3, False)
     assert (task.metrics, task.dev_splits, task.test_splits) == (("accuracy",), ("dev",), ("test",))
     assert glue.load(folder, "train")[:2] == [("fire", None, 2), ("grass", None, 1)]
-    assert glue.load(task, "dev") == [("sky", None, 0)]
+    assert glue.load(folder, "dev") == [("sky", None, 0)]
     assert glue.load(folder, "test") == [("leaf", None, None), ("", None, None)]
     assert [path.name for path in glue.sources(folder)] == ["train.tsv", "dev.tsv", "test.tsv"]
     assert glue.score(folder, [0, 1, 2], [0, 1, 1])["score"] == pytest.approx(200 / 3)
@@ -2257,31 +2184,27 @@ def test_a_folder_of_words_as_labels_is_a_task_with_the_training_files_classes_s
 def test_a_folder_with_scores_is_a_regression_on_pairs(tmp_path):
     folder = own_folder(tmp_path, train=HEIGHTS, dev=HEIGHTS)
     assert glue.load(folder, "dev") == [("a", "b", -1.5), ("c", "d", 70.0)]
-    assert set(glue.score(folder, [1, 2], [1, 3])) == {"pearson", "spearman", "score"}
+    assert glue.get_task(folder).metrics == ("pearson", "spearman")
 
 
-@pytest.mark.parametrize("train, dev, split, expected", [
-    (COLOURS, None, "train", "unknown task.*train.tsv and dev.tsv"), ("", "", "dev", "no column"),
-    (COLOURS, tsv("sentence|label/sky|grey/"), "dev", "dev.tsv.*'grey'.*blue, green, red.*line 2"),
-    (tsv("sentence|label/a|x/b|x/"), COLOURS, "train", r"train.tsv.*\['x'\].*two"),
-    (tsv("text|label/a|x/b|y/"), COLOURS, "train", "no column 'sentence'"),
-    (COLOURS, HEIGHTS, "dev", "no column 'sentence'"),
-    (tsv("sentence1|label/a|x/b|y/"), COLOURS, "train", "no column 'sentence2'"),
-    (tsv("sentence|class/a|x/"), COLOURS, "train", "no column 'label'"),
-    *((HEIGHTS, HEIGHTS.replace("70", word), "dev", f"'{word}'.*finite number.*line 3")
-      for word in ("nan", "tall", "1e999"))])
-def test_own_data_that_is_wrong_is_one_sentence(train, dev, split, expected, tmp_path):
+@pytest.mark.parametrize("train, dev, expected", [
+    (COLOURS, None, "unknown task.*train.tsv and dev.tsv"), ("", "", "expected label"),
+    (COLOURS, tsv("sentence|label/sky|grey/"), "dev.tsv.*line 2.*'grey'.*blue, green, red"),
+    (tsv("sentence|label/a|x/b|x/"), COLOURS, r"train.tsv.*\['x'\].*two"),
+    (COLOURS, HEIGHTS, "dev.tsv.*columns are sentence1, sentence2, score, expected sentence"),
+    (HEIGHTS, tsv("sentence1|score/a|1/"), "dev.tsv.*expected sentence1, sentence2"),
+    (tsv("sentence|class/a|x/"), COLOURS, "train.tsv.*expected label")])
+def test_own_data_that_is_wrong_is_one_sentence(train, dev, expected, tmp_path):
     files = {name: text for name, text in (("train", train), ("dev", dev)) if text is not None}
-    assert re.search(expected, refused(glue.load, own_folder(tmp_path, **files), split))
+    assert re.search(expected, refused(glue.load, own_folder(tmp_path, **files), "dev"))
 
 
 @pytest.mark.parametrize("task, text, expected", [
     ("sst2", "sentence|label/fine|nobody knows//bad/", [("fine", None, None), ("bad", None, None)]),
     ("sst2", "sentence/fine//bad", [("fine", None, None), ("", None, None), ("bad", None, None)]),
-    ("qqp", "question1|question2/why|how", [("why", "how", None)]),
-    ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "'sentence1'"),
-    ("rte", "sentence1|sentence2/a|b/c/", "line 3")])
-def test_inputs_are_read_in_order_by_the_tasks_own_columns_or_the_plain_ones(task, text, expected, tmp_path):
+    ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "expected sentence1"),
+    ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2")])
+def test_inputs_are_read_in_order_by_their_columns_and_each_has_its_texts(task, text, expected, tmp_path):
     path = write_file(tmp_path, "in.tsv", tsv(text))
     if isinstance(expected, str):
         assert re.search(f"in.tsv.*{expected}", refused(lambda: list(glue.read_inputs(path, task))))
@@ -2292,27 +2215,29 @@ def test_inputs_are_read_in_order_by_the_tasks_own_columns_or_the_plain_ones(tas
 def test_parity_is_balanced_at_every_length_disjoint_and_the_same_every_time():
     splits, by_length = {split: glue.load("parity", split) for split in ("train", "dev", "test")}, {}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 30000, "dev": 1000, "test": 1000}
-    assert len({row[:2] for rows in splits.values() for row in rows}) == 32000
-    for rows in splits.values():
-        assert sum(row.label for row in rows) * 2 == len(rows)
-        for row in rows:
-            assert row.label == (glue.negations(row.text_b) % 2 == 0) and row.text_b.endswith(row.text_a)
-            by_length.setdefault(len(row.text_b.split()), []).append(row.label)
-    assert {glue.negations(row.text_b) for row in splits["train"]} == {0, 1, 2, 3} and len(by_length) == 3
-    for labels in by_length.values():    # no length tells the class: within four standard errors of even
-        assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / math.sqrt(len(labels))
-    assert glue.parity("dev") == splits["dev"]
+    rows = [row for rows in splits.values() for row in rows]
+    assert len({row[:2] for row in rows}) == 32000 and glue.parity("dev") == splits["dev"]
+    assert [np.mean([row.label for row in split]) for split in splits.values()] == [0.5] * 3
+    assert all(row.label == (glue.negations(row.text_b) % 2 == 0) for row in rows)
+    assert all(row.text_b.endswith(row.text_a) for row in rows)
+    assert {glue.negations(row.text_b) for row in splits["train"]} == {0, 1, 2, 3}
+    for row in rows:
+        by_length.setdefault(len(row.text_b.split()), []).append(row.label)
+    # No length tells the class: the mean label is within four standard errors of even.
+    off = [abs(np.mean(labels) - 0.5) * math.sqrt(len(labels)) for labels in by_length.values()]
+    assert len(off) == 3 and max(off) < 4 * 0.5
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(1, 128), max_size=400), st.integers(1, 40), st.integers(0, 3))
+@settings(max_examples=150)
+@given(st.lists(st.integers(1, 128), min_size=1, max_size=400), st.integers(1, 40), st.integers(0, 3))
 def test_buckets_hold_every_row_once_in_full_batches_but_one(lengths, batch_size, seed):
-    for generator in (None, torch.Generator().manual_seed(seed)):
-        batches = glue.buckets(lengths, batch_size, generator)
-        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-        assert sum(len(batch) != batch_size for batch in batches) <= 1 and all(batches)
-    flat = [lengths[row] for batch in glue.buckets(lengths, batch_size) for row in batch]
-    assert flat == sorted(lengths, reverse=True)
+    plain, shuffled = (glue.buckets(lengths, batch_size, generator)
+                       for generator in (None, torch.Generator().manual_seed(seed)))
+    assert sorted(sum(plain, [])) == sorted(sum(shuffled, [])) == list(range(len(lengths)))
+    sizes = [sorted(map(len, batches), reverse=True) for batches in (plain, shuffled)]
+    full, rest = divmod(len(lengths), batch_size)
+    assert sizes == [[batch_size] * full + [rest] * (rest > 0)] * 2
+    assert [lengths[row] for row in sum(plain, [])] == sorted(lengths, reverse=True)
 
 
 def test_buckets_depend_on_the_generator_alone_change_each_epoch_and_pad_little():
@@ -2327,38 +2252,32 @@ def test_buckets_depend_on_the_generator_alone_change_each_epoch_and_pad_little(
     assert all(max(batch) - min(batch) > 20 for batch in same)    # equal lengths are shuffled
 
 
-def check_scores(task, predictions, labels):
-    """score() against scikit-learn and SciPy, whose NaN is 0 here."""
+@pytest.mark.parametrize("task", glue.TASKS)
+@settings(max_examples=60)
+@given(st.data(), st.integers(1, 30))
+def test_metrics_equal_scikit_learns_and_scipys_with_ties_and_constants(task, data, n):
     from sklearn import metrics
 
+    kinds = [st.integers(0, glue.TASKS[task].num_labels - 1), st.just(0), st.just(1)]
+    if task == "stsb":
+        kinds = [st.floats(-10, 10).map(lambda x: round(x, 3)), st.integers(0, 3).map(float), st.just(2.5)]
+    x, y = [data.draw(st.lists(data.draw(st.sampled_from(kinds)), min_size=n, max_size=n)) for _ in range(2)]
     oracles = {"matthews": metrics.matthews_corrcoef, "accuracy": metrics.accuracy_score,
                "f1": functools.partial(metrics.f1_score, zero_division=0),
                "pearson": lambda x, y: scipy.stats.pearsonr(x, y)[0] if len(x) > 1 else 0,
                "spearman": lambda x, y: scipy.stats.spearmanr(x, y)[0] if len(x) > 1 else 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = {name: oracles[name](labels, predictions) for name in glue.TASKS[task].metrics}
-    expected = {name: 100 * np.nan_to_num(value) for name, value in found.items()}
+        expected = {name: 100 * np.nan_to_num(oracles[name](y, x)) for name in glue.TASKS[task].metrics}
     expected["score"] = np.mean(list(expected.values()))
-    assert glue.score(task, predictions, labels) == pytest.approx(expected, abs=1e-7)
-
-
-@pytest.mark.parametrize("task", glue.TASKS)
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 30))
-def test_metrics_equal_scikit_learns_and_scipys_with_ties_and_constants(task, data, n):
-    kinds = [st.integers(0, glue.TASKS[task].num_labels - 1), st.just(0), st.just(1)]
-    if task == "stsb":
-        kinds = [st.floats(-10, 10).map(lambda x: round(x, 3)), st.integers(0, 3).map(float), st.just(2.5)]
-    rows = [data.draw(st.lists(data.draw(st.sampled_from(kinds)), min_size=n, max_size=n)) for _ in range(2)]
-    check_scores(task, *rows)
+    assert glue.score(task, x, y) == pytest.approx(expected, abs=1e-7)
 
 
 def test_scores_by_hand_and_of_large_or_extreme_input():
     assert glue.score("mrpc", [1, 1, 0, 0], [1, 0, 1, 0]) == {"accuracy": 50.0, "f1": 50.0, "score": 50.0}
     assert glue.score("stsb", torch.tensor([[1.0], [2.0]]), torch.tensor([0, 5]))["score"] > 99.999
-    for size in (1e-200, 1e200, 4e307):
-        assert glue.score("stsb", [size, 2 * size, 4 * size], [1, 2, 4])["pearson"] == pytest.approx(100)
+    pearsons = [glue.score("stsb", [x, 2 * x, 4 * x], [1, 2, 4])["pearson"] for x in (1e-200, 4e307)]
+    assert pearsons == pytest.approx([100, 100])
 
 
 @pytest.mark.parametrize("task, predictions, labels", [
@@ -2370,12 +2289,9 @@ def test_what_is_no_prediction_or_no_label_is_never_scored(task, predictions, la
     refused(glue.score, task, predictions, labels)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_answers_are_the_best_class_or_the_value_and_never_come_from_logits_that_are_not_finite(bad):
+def test_answers_are_the_best_class_or_the_value():
     assert glue.answers(torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])).tolist() == [1, 0]
     assert glue.answers(torch.tensor([[0.5], [-2.0]])).tolist() == [0.5, -2.0]
-    for logits in ([[1.0, 2.0], [bad, 0.0]], [[bad], [1.0]]):
-        assert re.search("NaN or infinite.*--lr", refused(glue.answers, torch.tensor(logits)))
 
 
 def check_submission(path, expected_names):
@@ -2386,24 +2302,24 @@ def check_submission(path, expected_names):
         assert archive.testzip() is None and archive.namelist() == [f"{name}.tsv" for name in expected_names]
         for name in expected_names:
             header, *lines, last = archive.read(f"{name}.tsv").decode("ascii").split("\n")
-            assert header == "index\tprediction" and last == "" and len(lines) == GLUE_TEST_ROWS[name]
+            assert header == "index\tprediction" and last == "" and len(lines) == GLUE_TEST_ROWS[name], name
             indices, words = zip(*(line.split("\t") for line in lines))
-            assert list(map(int, indices)) == list(range(len(lines)))
+            assert list(map(int, indices)) == list(range(len(lines))), name
             if name == "STS-B":
                 assert all(re.fullmatch(r"[0-4]\.\d{3}|5\.000", word) for word in words)
             else:
-                assert set(words) <= allowed.get(name, {"0", "1"})
+                assert set(words) <= allowed.get(name, {"0", "1"}), name
 
 
 def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(tmp_path):
     draw, predictions = np.random.default_rng(0), {}
-    for name, split in glue.SUBMISSION.values():
-        n, classes = glue.TASKS[name].rows[split], glue.TASKS[name].num_labels
+    for (name, split), n in glue.SUBMISSION.items():
+        classes = glue.TASKS[name].num_labels
         predictions[name, split] = draw.normal(2.5, 3, n) if classes == 1 else draw.integers(0, classes, n)
     predictions["rte", "test"][:2] = 0, 1
-    assert glue.write_submission(tmp_path / "a.zip", predictions) == []
-    check_submission(tmp_path / "a.zip", list(GLUE_TEST_ROWS))
-    glue.write_submission(tmp_path / "b.zip", dict(reversed(predictions.items())))
+    for name, order in ("a.zip", predictions.items()), ("b.zip", reversed(predictions.items())):
+        assert glue.write_submission(tmp_path / name, dict(order)) == []
+        check_submission(tmp_path / name, list(GLUE_TEST_ROWS))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.read("RTE.tsv").startswith(b"index\tprediction\n0\tentailment\n1\tnot_entailment\n")

@@ -8,8 +8,6 @@ import functools
 import gc
 import io
 import itertools
-import json
-import os
 import random
 import re
 import string
@@ -18,7 +16,7 @@ from unicodedata import category, combining, normalize
 
 import sentencepiece
 
-from checkpoint import InputError, atomic_write, check, guard, read_json, shorten
+from checkpoint import InputError, atomic_write, check, guard, read_json, shorten, write_json
 
 
 # ---- what the three share ----
@@ -31,9 +29,9 @@ class Tokenizer:
 
     def set_vocabulary(self, ids):
         """Takes the ids by piece. Raises ValueError where a special token has none."""
-        for piece in self.special[:4]:    # the fifth, for masked words, is not needed
-            check(piece in ids, f"it has no piece {piece}")
-        self.cls_id, self.sep_id, self.pad_id, self.unk_id = [ids[piece] for piece in self.special[:4]]
+        needed = self.special[:4]    # the fifth, for masked words, is not
+        check(set(needed) <= set(ids), f"it lacks one of the pieces {', '.join(needed)}")
+        self.cls_id, self.sep_id, self.pad_id, self.unk_id = [ids[piece] for piece in needed]
         self.pieces = {index: piece for piece, index in ids.items()}
         self.vocab_size = max(self.pieces) + 1
         # What a text can become: never a separator or padding, whatever is written in it.
@@ -48,35 +46,31 @@ class Tokenizer:
 
     def encode_all(self, examples, max_length=128):
         """encode() of each (text, None) or (text_a, text_b) in a list; further fields do not count."""
-        texts = []
-        for example in examples:
-            if isinstance(example, str):
-                raise TypeError(f"expected examples like (text, None), found the string '{shorten(example)}'")
-            texts += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in example[:2] if text is not None]
-        collecting = gc.isenabled()
+        if any(isinstance(example, str) for example in examples):
+            raise TypeError("expected examples like (text, None), found a string")
+        texts = [re.sub("[\ud800-\udfff]", "\ufffd", text)
+                 for example in examples for text in example[:2] if text is not None]
         gc.disable()    # no new list is garbage, and looking for some takes as long as all the rest
         try:
             ids = iter(self.texts_ids(texts))
-            return [self.join(next(ids), None if b is None else next(ids), max_length)
-                    for _, b, *_ in examples]
+            return [self.join(next(ids), b if b is None else next(ids), max_length) for _, b, *_ in examples]
         finally:
-            if collecting:
-                gc.enable()
+            gc.enable()
 
     def texts_ids(self, texts):
         """The ids of each text, word by word; word_ids() remembers what it has had."""
         return [[index for word in self.words(text) for index in self.word_ids(word)] for text in texts]
 
     def join(self, a, b, max_length):
-        special = 2 if b is None else 2 + self.separators
-        room = max_length - special
-        if room < 0:
-            raise InputError(f"max_length is {max_length}: expected at least {special}, the special tokens")
+        """encode() of the ids of the texts."""
+        room = max_length - (2 if b is None else 2 + self.separators)
+        check(room >= 0, f"max_length {max_length} leaves no room for the special tokens")
         if b is None:
             return [self.cls_id, *a[:room], self.sep_id], [0] * (2 + len(a[:room]))
         keep_b = min(len(b), max(room // 2, room - len(a)))
-        ids = [self.cls_id, *a[:room - keep_b], *[self.sep_id] * self.separators, *b[:keep_b], self.sep_id]
-        return ids, [0] * (len(ids) - keep_b - 1) + [self.segment_b] * (keep_b + 1)
+        first = [self.cls_id, *a[:room - keep_b], *[self.sep_id] * self.separators]
+        second = [*b[:keep_b], self.sep_id]
+        return first + second, [0] * len(first) + [self.segment_b] * len(second)
 
     def tokens(self, ids):
         """The pieces of the ids, as the vocabulary spells them."""
@@ -84,12 +78,11 @@ class Tokenizer:
 
     def save(self, folder):
         """Writes the files that were read, byte for byte, and a tokenizer_config.json if it is needed."""
-        files = dict(self.files)
-        if self.settings != self.obeyed:
-            files["tokenizer_config.json"] = json.dumps(self.settings).encode()
-        for name, data in files.items():
+        for name, data in self.files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(data)
+        if self.settings != self.obeyed:
+            write_json(Path(folder) / "tokenizer_config.json", self.settings)
 
 
 def read_lines(data):
@@ -123,15 +116,17 @@ class AlbertTokenizer(Tokenizer):
             ids_of_texts = self.model.encode(texts)
             for n, ids in enumerate(ids_of_texts):
                 if not self.odd.isdisjoint(ids):
-                    pieces = self.model.encode(texts[n], out_type=str)
-                    ids_of_texts[n] = [index for piece in pieces for index in self.word_ids(piece)]
+                    [ids_of_texts[n]] = super().texts_ids([texts[n]])
         return ids_of_texts
+
+    def words(self, text):
+        return self.model.encode(text, out_type=str)
 
     def word_ids(self, piece):
         """The ids of a piece. One like "▁3," is cut: its digits are encoded anew, and the comma follows."""
         parts = [piece]
         if piece.endswith(",") and piece[-2:-1].isdigit():
-            parts = [*self.model.encode(piece[:-1].replace("▁", ""), out_type=str), ","]
+            parts = [*self.words(piece[:-1].replace("▁", "")), ","]
             if not piece.startswith("▁"):
                 parts[0] = parts[0].removeprefix("▁")
         return [self.ids.get(part, self.unk_id) for part in parts if part]
@@ -140,13 +135,14 @@ class AlbertTokenizer(Tokenizer):
 def clean(text, do_lower_case=True, keep_accents=False):
     """ALBERT's text before SentencePiece: single spaces, `` and '' as ", NFKD without marks, lower case."""
     text = " ".join(text.split()).replace("``", '"').replace("''", '"')
-    if do_lower_case and not text.isascii():
-        # The reference does this to each character by itself, so no sigma becomes a final one.
-        text = "".join([c.lower() for c in text])
-    if not keep_accents and not text.isascii():
-        # By itself as well: normalize() takes quadratic time to sort marks, and they are dropped.
-        text = "".join([normalize("NFKD", c) for c in text])
-        text = "".join([c for c in text if not combining(c)])
+    if not text.isascii():
+        # The reference lowers each character by itself, so no sigma becomes a final one; and normalize() of
+        # a whole text takes quadratic time to sort marks, which are dropped.
+        if do_lower_case:
+            text = "".join([c.lower() for c in text])
+        if not keep_accents:
+            text = "".join([normalize("NFKD", c) for c in text])
+            text = "".join([c for c in text if not combining(c)])
     return text.lower() if do_lower_case else text
 
 
@@ -239,7 +235,8 @@ class BertTokenizer(Tokenizer):
     """WordPiece: the longest pieces of each word, from left to right."""
     special = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
     obeyed = {"do_lower_case": True}
-    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": []}
+    fixed = {"tokenize_chinese_chars": True, "do_basic_tokenize": True, "never_split": [],
+             "strip_accents": None}    # which follows do_lower_case
 
     def __init__(self, vocab_txt, lower_case=True):
         self.settings = {"do_lower_case": lower_case}
@@ -295,7 +292,7 @@ def load_tokenizer(folder):
     folder = Path(folder)
     for kind, *names in ((AlbertTokenizer, "spiece.model"), (AlbertTokenizer, "30k-clean.model"),
                          (RobertaTokenizer, "vocab.json", "merges.txt"), (BertTokenizer, "vocab.txt")):
-        if all(os.path.isfile(folder / name) for name in names):
+        if all((folder / name).is_file() for name in names):
             return kind(*[folder / name for name in names], *read_settings(folder, kind))
     raise InputError(f"{folder} has no tokenizer: expected spiece.model or 30k-clean.model (ALBERT), "
                      "vocab.json and merges.txt (RoBERTa) or vocab.txt (BERT); copy them from its source")
@@ -303,22 +300,18 @@ def load_tokenizer(folder):
 
 def read_settings(folder, kind):
     """The values of kind.obeyed in the folder. InputError if it asks for ids that the class does not give."""
-    files = (folder / "tokenizer_config.json", folder / "added_tokens.json")
-    settings, added = [read_json(file) if os.path.isfile(file) else {} for file in files]
+    files = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings, tokens = [read_json(file) if file.is_file() else {} for file in files]
     with guard(files[0], "tokenizer_config.json"):
-        tokens = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
-        tokens += [*added, *(settings.get("additional_special_tokens") or [])]
-        for name in ("cls_token", "sep_token", "pad_token", "unk_token"):
-            token = settings.get(name) or kind.special[0]
-            tokens.append(token["content"] if isinstance(token, dict) else token)
-    obeyed = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
-    fixed = dict(kind.fixed)
-    if kind is BertTokenizer:
-        fixed["strip_accents"] = obeyed["do_lower_case"]    # null, its usual value, means this
-    odd = [key for key, value in obeyed.items() if type(value) is not bool]
-    odd += [key for key, value in fixed.items() if settings.get(key) not in (value, None)]
+        added = [value for key, value in settings.items() if key.endswith("_token") and value]
+        added += settings.get("additional_special_tokens") or []
+        added += settings.get("added_tokens_decoder", {}).values()
+        tokens = [*tokens, *[token["content"] if isinstance(token, dict) else token for token in added]]
+    values = {key: settings.get(key, default) for key, default in kind.obeyed.items()}
+    odd = [key for key, value in values.items() if type(value) is not bool]
+    odd += [key for key, value in kind.fixed.items() if settings.get(key) not in (value, None)]
     odd += [str(token) for token in tokens if token not in kind.special]
     if odd:
         raise InputError(f"{folder}: its tokenizer has {shorten(', '.join(odd))}, which changes the ids, but "
                          f"{kind.__name__} does not know how; use a model without that")
-    return obeyed.values()
+    return values.values()
