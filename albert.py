@@ -121,7 +121,7 @@ class Block(nn.Module):
         parts = self.qkv(x).split([n * T for T, n in runs])                     # (n T,3H) each
         parts = [part.unflatten(0, (n, T)) for part, (T, n) in zip(parts, runs)]
         a = torch.cat([self.attend(part).flatten(0, 1) for part in parts])      # (n,H)
-        todo = (real % mask.shape[1]).nonzero()[:, 0]                           # (m,) all but the first tokens
+        todo = (real % mask.shape[1]).nonzero()[:, 0]                           # (m,) without first ones
         x = self.after(a.index_select(0, todo), x.index_select(0, todo))
         out = x.new_zeros(h.shape)
         out.flatten(0, 1).index_copy_(0, real[todo], x)

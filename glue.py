@@ -228,7 +228,10 @@ def fetch(task):
         path, folder = root / name, root / Path(name).stem
         if not folder.is_dir():
             place = "senteval/senteval_data/" if name.startswith("msr_") else "glue/data/"
-            download(SERVER + place + name, path, sha256=sha256)
+            try:
+                download(SERVER + place + name, path, sha256=sha256)
+            except InputError as error:
+                raise InputError(f"{error}; or pass a --data-dir that holds {task.folder}/") from None
         if path.suffix == ".zip":
             return extract_zip(path, folder, [f"{task.folder}/{split}.tsv" for split in task.splits])
     return root
