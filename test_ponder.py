@@ -1483,7 +1483,7 @@ def encoder(config):
 
 
 def name_table(config):
-    return ENCODERS[type(config)][1].name_table(config)
+    return ENCODERS[type(config)][0].name_table(config)
 
 
 def hub_weights(model):
@@ -2812,7 +2812,7 @@ NAME, BASE_V1 = "albert-base-v1", "albert/albert-base-v1/resolve/main/"
 def hub(server, tmp_path, monkeypatch):
     """A hub with a small albert-base-v1 that sends its weights from another host, as the true one does."""
     config = dataclasses.replace(SMALL_ALBERT, hidden_act="gelu")
-    monkeypatch.setattr(albert, "SIZES", {NAME: config})
+    monkeypatch.setitem(albert.SIZES, NAME, config)
     monkeypatch.setitem(checkpoint.PUBLISHED, NAME,
                         ("albert", {"spiece.model": hashlib.sha256(b"pieces").hexdigest()}))
     for name, value in {"PALBERT_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "theirs",
