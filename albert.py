@@ -16,7 +16,6 @@ from checkpoint import check, guard, load_pretrained, shorten
 @dataclass(frozen=True)
 class EncoderConfig:
     """The sizes that every encoder has, named as in config.json
-
     Dropout rates are left out on purpose: dropout stands before the heads only, whatever a config.json says.
     """
 
@@ -50,7 +49,7 @@ class EncoderConfig:
         heads, last = self.num_attention_heads, min(self.vocab_size, self.max_position_embeddings - 1)
         check(self.num_hidden_layers <= 1000, "num_hidden_layers is over 1,000")
         check(self.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
-        check(self.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
+        check(self.pad_token_id < last, "pad_token_id is over vocab_size or max_position_embeddings - 2")
 
     @classmethod
     def from_json(cls, values, source="config.json"):
@@ -120,11 +119,9 @@ class Block(nn.Module):
 
     def first(self, h, mask):
         """The output for the first token alone (B,1,H)
-
         For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t), so
         the keys and values of the other tokens are not computed. The keys' bias adds the same number to all
-        scores, which softmax ignores.
-        """
+        scores, which softmax ignores."""
         B, _, H = h.shape
         d = H // self.heads
         w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)               # (heads,d,H) each
@@ -137,10 +134,8 @@ class Block(nn.Module):
 
     def rest(self, h, mask, cls):
         """The output (B,T,H), given that of the first token, cls (B,1,H)
-
         On a CPU nothing is computed for padding, whose output is 0: the real tokens are packed into one
-        array, and neighbouring rows with equally many tokens attend together.
-        """
+        array, and neighbouring rows with equally many tokens attend together."""
         if h.device.type != "cpu" or mask.all():
             a = self.attend(self.qkv(h), mask[:, None, None, :])
             return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
@@ -251,9 +246,7 @@ class Albert(nn.Module):
 
 def hub_table(modules, blocks, parts):
     """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V
-
-    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there.
-    """
+    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there."""
     embeddings = {"words": "word", "positions": "position", "types": "token_type"}
     table = {f"{ours}.weight": [f"embeddings.{hub}_embeddings.weight"] for ours, hub in embeddings.items()}
     pairs = [("norm", ["embeddings.LayerNorm"]), *((ours, [hub]) for ours, hub in modules.items())]

@@ -68,6 +68,12 @@ def guard(path, what, doing="read"):
         raise InputError(f"{path}: not a whole {what} ({reason}); {remedy}") from error
 
 
+def say(text, file=None):
+    """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file or sys.stderr, flush=True)
+
+
 # ---- plain files ----
 
 def cache_dir():
@@ -84,10 +90,10 @@ def map_file(path):
 
 
 def sha256_file(path, published=None):
-    """The SHA-256 of a file in hex; InputError if another one was published."""
+    """The SHA-256 of a file in hex; InputError if another one was published or recorded."""
     with guard(path, "file"):
         sha256 = hashlib.sha256(map_file(path)).hexdigest()
-        check(published in (None, sha256), "its SHA-256 is not that of the file that was published")
+        check(published in (None, sha256), "its SHA-256 is not that of the file that was published or saved")
         return sha256
 
 
@@ -156,7 +162,7 @@ def download(url, path, sha256=None, reader=None, token=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".lock", "ab") as file:
                 if not lock(file):
-                    print(f"{path.name}: another process downloads; waiting for that", file=sys.stderr)
+                    say(f"{path.name}: another process downloads; waiting for that")
                     lock(file, wait=True)
                 if not path.is_file():
                     fetch(url, path, sha256, reader, token)
@@ -188,7 +194,7 @@ def fetch(url, path, sha256, reader, token):
             raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
                              f"try again, or put it at {path}")
         wait = max(pause, min(int(later), 120) if later.isdecimal() else 0)
-        print(f"{path.name}: {reason}; asking again in {wait:.0f} s", file=sys.stderr)
+        say(f"{path.name}: {reason}; asking again in {wait:.0f} s")
         time.sleep(wait)
 
 
@@ -215,7 +221,7 @@ def request(url, part, start, sha256, token):
                 file.write(chunk)
                 if time.monotonic() > shown + SHOW_EVERY:
                     shown = time.monotonic()
-                    print(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB", file=sys.stderr)
+                    say(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
             file.flush()
             os.fsync(file.fileno())
     return sha256
@@ -559,7 +565,7 @@ def hub_names(tensors, source):
             raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
         names = shorten(", ".join(left_out))
-        print(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)", file=sys.stderr)
+        say(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)")
     return found
 
 
@@ -603,7 +609,7 @@ def load_pretrained(encoder_class, name_or_path):
         check(not found, f"{shorten(', '.join(found.values()))} is of another model")
     model = encoder_class(config)
     if not pooler:
-        print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
+        say(f"{source}: no pooler among the weights, so it starts freshly initialised")
         weights |= model.pooler.state_dict(prefix="pooler.")
     model.load_state_dict(weights)
     return model

@@ -31,16 +31,16 @@ import time
 import torch
 import torch.distributed as dist
 
-from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, write_json,
+from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, say, write_json,
                         write_safetensors)
 from fast import pad, upload
 from glue import buckets, load, sources
 from paper import exit_result, mean_of, study
 from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
                     layer_weighted_loss)
-from run import (DRAWS, PLACE, RUNS, Parser, Settings, all_layers, autocast, changed_settings, choose_device,
-                 describe, fill, find_run, flag, hashes, make_model, make_settings, open_run, origin_of,
-                 read_run, read_split, run_main, run_name, say, splits_of)
+from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
+                 fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run, origin_of,
+                 read_run, read_splits, run_main, run_name)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -185,9 +185,8 @@ class Training:
         self.model = model.to_empty(device=self.device).train()
         self.optimizer = make_optimizer(self.model, settings)
         self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
-        self.inputs, self.labels = read_split(settings, tokenizer, "train")
-        self.dev = {split: read_split(settings, tokenizer, split)
-                    for split in splits_of(settings.task, "dev")}
+        self.inputs, self.labels = read_splits(settings, tokenizer, "train")["train"]
+        self.dev = read_splits(settings, tokenizer, "dev")
         self.batches = math.ceil(len(self.inputs) / settings.batch_size)        # of an epoch
         self.total = min(settings.epochs * self.batches, settings.max_steps or math.inf)
         self.resume()
@@ -263,19 +262,14 @@ class Training:
             say(f"epoch {epoch}, step {self.step} of at most {self.total}: {numbers}; {1 / pace:.1f} "
                 f"steps/s, at most {left} to go")
 
-    def read_dev(self):
-        """{split: (logits (N,L,C), lam (N,L), labels)} of the dev set, of which MNLI has two"""
-        self.model.eval()
-        return {split: (*all_layers(self.model, inputs, precision=self.settings.precision), labels)
-                for split, (inputs, labels) in self.dev.items()}
-
     def judge(self, epoch):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> the best epoch"""
         settings = self.settings
         try:
+            arrays = full_depth(self.model.eval(), settings, self.dev)
             dev = mean_of([exit_result(settings.exit, settings, logits, lam, labels, split)
                            | {"p": exit_distribution(lam).mean(0).tolist()}
-                           for split, (logits, lam, labels) in self.read_dev().items()])
+                           for split, (logits, lam, labels) in arrays.items()])
         except InputError as error:
             raise InputError(f"step {self.step}: {error}") from None
         self.model.train()
@@ -317,9 +311,9 @@ class Training:
 
     def finish(self):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
-        fill(self.model, self.folder / "model.safetensors", self.device)
+        model = fill(self.model, self.folder / "model.safetensors", self.device)
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
-        values = recorded(self.folder) | study(self.settings, self.read_dev())
+        values = recorded(self.folder) | study(self.settings, full_depth(model, self.settings, self.dev))
         values |= {"finished": True, "steps": self.step, "epochs": math.ceil(self.step / self.batches),
                    "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
