@@ -1,7 +1,6 @@
 """Ask a finished run, or all of them: python eval.py evaluates the newest run on
 its dev set, with early exit for real; with one of the first flags it does that."""
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -27,9 +26,8 @@ CHUNK = 4096        # rows of --input that are held at a time
 
 def exit_name(settings, criterion):
     """An exit, and its threshold if it has one"""
-    if criterion not in THRESHOLDS:
-        return criterion
-    return f"{criterion} {getattr(settings, THRESHOLDS[criterion]):g}"
+    threshold = THRESHOLDS.get(criterion)
+    return f"{criterion} {getattr(settings, threshold):g}" if threshold else criterion
 
 
 def report(model, settings, criterion, splits, split, batch_size, as_json):
@@ -220,7 +218,7 @@ def parse_flags(argv):
         more = {"choices": kind} if kind == paper.FIGURES else {"type": kind, "metavar": "X"}
         if kind is None:
             more = {"action": "store_true"}
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
+        parser.add_argument(flag(name), help=meaning, **more)
     given = vars(parser.parse_args(argv))
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:

@@ -49,19 +49,11 @@ def exit_result(criterion, settings, logits, lam, labels, split):
     return mean_of(draws)
 
 
-def oracle_layers(logits, labels):
-    """(N,) the first layer that is right, L where none is; for regression the layer with the least error"""
-    if logits.shape[2] == 1:
-        return (logits[:, :, 0] - labels[:, None]).abs().argmin(1) + 1
-    right = logits.argmax(2) == labels[:, None]                     # (N,L)
-    right[:, -1] = True
-    return right.int().argmax(1) + 1
-
-
 def study(settings, splits):
     """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model: splits {split:
     (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each threshold},
-    by_layer (L,): the score of every fixed layer, oracle: its score and mean_layer"""
+    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one, L
+    where none is; for regression of the one with the least error"""
     trees = []
     for split, (logits, lam, labels) in splits.items():
         dev, sweep, (N, L) = {}, {}, lam.shape
@@ -73,10 +65,14 @@ def study(settings, splits):
                 row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
                 row |= {criterion: value, "speed_up": L / result["mean_layer"]}
                 sweep.setdefault(criterion, []).append(row)
-        best = oracle_layers(logits, torch.tensor(labels))
-        chosen = [*logits.unbind(1), logits[torch.arange(N), best - 1]]
+        error = (answers(logits.flatten(0, 1)).view(N, L) - torch.tensor(labels)[:, None]).abs()
+        if logits.shape[2] > 1:
+            error = (error > 0).int()
+            error[:, -1] = 0                                        # layer L is taken where none is right
+        best = error.argmin(1)                                      # (N,) from 0, the first of the least
+        chosen = [*logits.unbind(1), logits[torch.arange(N), best]]
         *by_layer, oracle = [score(settings.task, answers(outputs), labels)["score"] for outputs in chosen]
-        oracle = {"score": oracle, "mean_layer": best.double().mean().item()}
+        oracle = {"score": oracle, "mean_layer": (best + 1).double().mean().item()}
         trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
     return mean_of(trees)
 

@@ -138,10 +138,11 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are InputErrors."""
+    """A command line whose errors are InputErrors, and which gives only what was asked."""
 
     def __init__(self, name, description):
         super().__init__(name, description=description, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):

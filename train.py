@@ -12,7 +12,6 @@ A run is a folder under runs/: config.json, the tokenizer, model.safetensors
 metrics.jsonl, and resume.pt while it is unfinished.
 """
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -418,8 +417,7 @@ def make_parser():
             meaning += ": " + ", ".join(allowed)
         if field.default is not None:
             meaning += f" [{field.default}]"
-        group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=meaning,
-                           metavar=field.type.__name__)
+        group.add_argument(flag(field.name), help=meaning, metavar=field.type.__name__)
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
     group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
@@ -430,14 +428,15 @@ def make_parser():
 
 
 def main(argv=None):
-    asked, given = make_parser().parse_args(argv), {}
+    asked, given = vars(make_parser().parse_args(argv)), {}
     for field in dataclasses.fields(Settings):
-        if hasattr(asked, field.name):
-            text = given[field.name] = getattr(asked, field.name)
+        if field.name in asked:
+            text = given[field.name] = asked[field.name]
             with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
                 given[field.name] = None if text.lower() == "none" else field.type(text)
-    settings, name, seeds, resume = make_settings(**given), asked.name, asked.seeds, asked.resume
-    several, exits = seeds is not None or asked.grid, settings.exits
+    settings, name, resume = make_settings(**given), asked.get("name"), asked.get("resume")
+    seeds, grid, exits = asked.get("seeds"), "grid" in asked, settings.exits
+    several = seeds is not None or grid
     for wrong, sentence in (
             (settings.exit not in exits,
              f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
@@ -445,7 +444,7 @@ def main(argv=None):
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
             (seeds is not None and not 1 <= seeds <= 9999, f"--seeds {seeds}: expected from 1 to 9999"),
-            (asked.dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
+            ("dry_run" in asked and not several, "--dry-run: expected together with --seeds or --grid"),
             (resume is not None and (given or name or several),
              "--resume goes on with the settings that the run has; give it without others")):
         if wrong:
@@ -461,7 +460,7 @@ def main(argv=None):
     elif name is not None:
         folder = on_rank_0(lambda: find_folder(settings, origin_of(settings), name))
     if several:
-        protocol(settings, seeds or 0, asked.grid, asked.dry_run)
+        protocol(settings, seeds or 0, grid, "dry_run" in asked)
     else:
         run(settings, folder)
 
