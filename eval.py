@@ -15,7 +15,7 @@ import paper
 from checkpoint import InputError, atomic_write, say
 from glue import SUBMISSION, answers, get_task, load, read_inputs, write_submission
 from ponder import exit_distribution
-from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
+from run import (RUNS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
                  device_name, find_run, flag, full_depth, load_run, make_rule, make_settings, predict_all,
                  read_run, read_splits, run_main, timed)
 
@@ -63,8 +63,8 @@ def report(model, settings, criterion, splits, split, batch_size, as_json):
 
 def print_sweep(model, settings, criterion, splits, batch_size):
     """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
-    if criterion not in SWEEPS:
-        others = " or ".join(name for name in settings.exits if name in SWEEPS) or "that of another run"
+    if criterion not in THRESHOLDS:
+        others = " or ".join(name for name in settings.exits if name in THRESHOLDS) or "that of another run"
         raise InputError(f"--sweep: exit {criterion} has no threshold; use --exit {others}")
     found = paper.study(settings, full_depth(model, settings, splits, batch_size))
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")

@@ -276,14 +276,10 @@ def negations(text_b):
 
 # ---- batches ----
 
-def buckets(lengths, batch_size, generator=None):
+def buckets(lengths, batch_size, generator):
     """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one is less than
-    full. With a generator (training), shuffled rows are sorted by length within runs of 50 batches, and the
-    batches are shuffled. Without one, the longest rows come first."""
+    full. Shuffled rows are sorted by length within runs of 50 batches, and the batches are shuffled."""
     lengths, batches = torch.as_tensor(lengths), []
-    if generator is None:
-        order = lengths.argsort(descending=True, stable=True)
-        return [batch.tolist() for batch in order.split(batch_size)]
     for run in torch.randperm(len(lengths), generator=generator).split(50 * batch_size):
         batches += run[lengths[run].argsort(stable=True)].split(batch_size)
     return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]

@@ -52,8 +52,8 @@ def exit_result(criterion, settings, logits, lam, labels, split):
 def study(settings, splits):
     """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model: splits {split:
     (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each threshold},
-    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one, L
-    where none is; for regression of the one with the least error"""
+    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one,
+    L where none is; for regression of the one with the least error"""
     trees = []
     for split, (logits, lam, labels) in splits.items():
         dev, sweep, (N, L) = {}, {}, lam.shape

@@ -17,7 +17,7 @@ import bert
 from checkpoint import (PUBLISHED, InputError, find_model, guard, read_json, read_safetensors, sha256_file,
                         shorten, write_json)
 from fast import pad
-from glue import buckets, get_task, load, sources
+from glue import get_task, load, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
                     exit_distribution, exit_layers, expected_prediction)
 from text import load_tokenizer, train_tokenizer
@@ -358,13 +358,12 @@ def read_splits(settings, tokenizer, split):
 @torch.no_grad()
 def all_layers(model, inputs, batch_size=32, precision=None):
     """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs"""
-    device = next(model.parameters()).device
-    order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
+    device, outputs = next(model.parameters()).device, []
+    order = torch.tensor([len(ids) for ids, _ in inputs]).argsort(descending=True, stable=True)
     with autocast(device, precision):
-        for batch in order:
-            outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
-    by_row = torch.tensor([row for batch in order for row in batch]).argsort()
-    logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
+        for batch in order.split(batch_size):
+            outputs.append(model(*pad([inputs[row] for row in batch.tolist()], model.encoder, device)))
+    logits, lam = (torch.cat(column).float().cpu()[order.argsort()] for column in zip(*outputs))
     check_finite(torch.cat([logits, lam[..., None]], 2), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
     return logits, lam
 
