@@ -157,12 +157,12 @@ def submit(path, root, method, model, device, batch_size, changed):
     best, predictions = {}, {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
         if method in members and any(task == other for other, _ in SUBMISSION):
-            best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
+            best.setdefault(name, {})[task] = max(members[method], key=lambda run: run.score)
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
         raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
                          f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
-    runs = {run.settings.task: run for run in best[name]}
+    runs = best[name]
     if "mnli" in runs:
         runs["ax"] = runs["mnli"]
     chosen = {key: dataclasses.replace(runs[key[0]].settings, **changed)

@@ -251,8 +251,6 @@ CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
     ("pondernet", "q", "PonderNet by Q-exit", "#009E73", "^"), ("palbert", "q", "PALBERT", "#0072B2", "o"),
     ("berxit", "learned", "BERxiT", "#CC79A7", "D"),
 )
-
-
 FIGURES = ("q", "speedup", "prior", "distribution", "negations")    # Figs. 2 to 5; parity's own
 
 
