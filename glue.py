@@ -189,9 +189,10 @@ def load(task, split, data_dir=None):
 
 
 def sources(task, data_dir=None):
-    """-> the files that load() reads for all splits, as many as are there."""
+    """-> the files from which a run is made: those that load() reads for all splits but the test's."""
     task = get_task(task)
-    return list(dict.fromkeys(path for split in task.splits for path in find_files(task, split, data_dir)))
+    splits = [split for split in task.splits if split not in task.test_splits]
+    return list(dict.fromkeys(path for split in splits for path in find_files(task, split, data_dir)))
 
 
 def find_files(task, split, data_dir):
