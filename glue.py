@@ -191,7 +191,7 @@ def load(task, split, data_dir=None):
 def sources(task, data_dir=None):
     """-> the files from which a run is made: those that load() reads for all splits but the test's."""
     task = get_task(task)
-    splits = [split for split in task.splits if split not in task.test_splits]
+    splits = [split for split in task.splits if not split.startswith("test")]
     return list(dict.fromkeys(path for split in splits for path in find_files(task, split, data_dir)))
 
 
