@@ -4,19 +4,18 @@ Letters as in ponder.py, and E for the size of ALBERT's embedding.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import check_sizes, load_pretrained, make_config
+from checkpoint import check, guard, load_pretrained, shorten
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """The sizes that every encoder has, named as in config.json
-
     Dropout rates are left out on purpose: dropout stands before the heads only, whatever a config.json says.
     """
 
@@ -32,12 +31,35 @@ class EncoderConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
-    __post_init__ = check_sizes
-    from_json = classmethod(make_config)
     # Keys of config.json that would change the computation, with the one value that is computed here.
     must_be = {"position_embedding_type": "absolute", "net_structure_type": 0, "gap_size": 0,
                "num_memory_blocks": 0, "down_scale_factor": 1, "is_decoder": False,
                "add_cross_attention": False}
+
+    def __post_init__(self):
+        for field in fields(self):
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if kind is int:
+                good = type(value) is int and (0 if name == "pad_token_id" else 1) <= value <= 2**24
+            elif kind is float:
+                good = type(value) is float and 0 < value < 1
+            else:
+                good = value in ("gelu", "gelu_new")
+            check(good, f"{name} is {shorten(value)}, of another type or out of range")
+        heads, last = self.num_attention_heads, min(self.vocab_size, self.max_position_embeddings - 1)
+        check(self.num_hidden_layers <= 1000, "num_hidden_layers is over 1,000")
+        check(self.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
+        check(self.pad_token_id < last, "pad_token_id is over vocab_size or max_position_embeddings - 2")
+
+    @classmethod
+    def from_json(cls, values, source="config.json"):
+        """From the dict of a config.json; keys without a field are ignored. InputError for a bad value."""
+        with guard(source, "config of such a model"):
+            for key, only in {"model_type": cls.model_type, **cls.must_be}.items():
+                found = values.get(key, only)
+                check(found == only, f"{key} is {shorten(found)}, and only {only} is built here")
+            known = {field.name for field in fields(cls)}
+            return cls(**{key: value for key, value in values.items() if key in known})
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,12 @@ class AlbertConfig(EncoderConfig):
     embedding_size: int = 128
     num_hidden_groups: int = 1            # layers with weights of their own; 1 shares one set among all
     inner_group_num: int = 1              # Transformer blocks inside one layer
+
+    def __post_init__(self):
+        super().__post_init__()
+        groups = self.num_hidden_groups
+        good = groups <= self.num_hidden_layers and groups * self.inner_group_num <= 1000
+        check(good, "num_hidden_groups is over num_hidden_layers, or holds over 1,000 blocks")
 
 
 GROWN = {
@@ -91,11 +119,9 @@ class Block(nn.Module):
 
     def first(self, h, mask):
         """The output for the first token alone (B,1,H)
-
         For a single query, q (W_k h_t) is (W_k^T q) h_t and sum_t a_t (W_v h_t) is W_v (sum_t a_t h_t), so
         the keys and values of the other tokens are not computed. The keys' bias adds the same number to all
-        scores, which softmax ignores.
-        """
+        scores, which softmax ignores."""
         B, _, H = h.shape
         d = H // self.heads
         w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, d, H)               # (heads,d,H) each
@@ -108,10 +134,8 @@ class Block(nn.Module):
 
     def rest(self, h, mask, cls):
         """The output (B,T,H), given that of the first token, cls (B,1,H)
-
         On a CPU nothing is computed for padding, whose output is 0: the real tokens are packed into one
-        array, and neighbouring rows with equally many tokens attend together.
-        """
+        array, and neighbouring rows with equally many tokens attend together."""
         if h.device.type != "cpu" or mask.all():
             a = self.attend(self.qkv(h), mask[:, None, None, :])
             return torch.cat([cls, self.after(a[:, 1:], h[:, 1:])], dim=1)
@@ -139,7 +163,8 @@ class Block(nn.Module):
 class Albert(nn.Module):
     """Encoder without a head. `shared` is True where layer(i, ...) is the same function for every i."""
 
-    config_class = AlbertConfig
+    config_class, sizes = AlbertConfig, SIZES
+    from_pretrained = classmethod(load_pretrained)      # of a hub name, folder, file, or Google's checkpoint
 
     def __init__(self, config):
         super().__init__()
@@ -207,19 +232,21 @@ class Albert(nn.Module):
         """(B,T,H) or (B,1,H) -> tanh(W h[:,0] + b) (B,H)"""
         return torch.tanh(self.pooler(h[:, 0]))
 
-    @classmethod
-    def from_pretrained(cls, name_or_path):
-        """Encoder with the weights of a hub name, folder, file, or Google's checkpoint or archive."""
-        return load_pretrained(cls, name_or_path, SIZES, name_table)
+    @staticmethod
+    def name_table(config):
+        """The names of an encoder's weights; see hub_table"""
+        return hub_table(
+            {"project": "encoder.embedding_hidden_mapping_in", "pooler": "pooler"},
+            {f"groups.{g}.{b}": f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
+             for g in range(config.num_hidden_groups) for b in range(config.inner_group_num)},
+            {"qkv": "attention.query attention.key attention.value", "attn_out": "attention.dense",
+             "attn_norm": "attention.LayerNorm", "ffn_in": "ffn", "ffn_out": "ffn_output",
+             "ffn_norm": "full_layer_layer_norm"})
 
-
-# ---- the names of weights, ours against the hub's ----
 
 def hub_table(modules, blocks, parts):
     """Our parameter -> the hub's tensors that make it; three of them stacked make one GEMM for Q, K and V
-
-    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there.
-    """
+    modules and blocks: our name -> the hub's; parts: our name in a block -> the hub's names there."""
     embeddings = {"words": "word", "positions": "position", "types": "token_type"}
     table = {f"{ours}.weight": [f"embeddings.{hub}_embeddings.weight"] for ours, hub in embeddings.items()}
     pairs = [("norm", ["embeddings.LayerNorm"]), *((ours, [hub]) for ours, hub in modules.items())]
@@ -228,14 +255,3 @@ def hub_table(modules, blocks, parts):
                   for part, names in parts.items()]
     return table | {f"{ours}.{kind}": [f"{name}.{kind}" for name in names]
                     for ours, names in pairs for kind in ("weight", "bias")}
-
-
-def name_table(config):
-    """The names of an ALBERT's weights; see hub_table"""
-    return hub_table(
-        {"project": "encoder.embedding_hidden_mapping_in", "pooler": "pooler"},
-        {f"groups.{g}.{b}": f"encoder.albert_layer_groups.{g}.albert_layers.{b}"
-         for g in range(config.num_hidden_groups) for b in range(config.inner_group_num)},
-        {"qkv": "attention.query attention.key attention.value", "attn_out": "attention.dense",
-         "attn_norm": "attention.LayerNorm", "ffn_in": "ffn", "ffn_out": "ffn_output",
-         "ffn_norm": "full_layer_layer_norm"})

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch.nn as nn
 
 from albert import GROWN, Albert, Block, EncoderConfig, hub_table
-from checkpoint import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ SIZES = {"bert-base-uncased": BertConfig(), "bert-large-uncased": BertConfig(**G
 class Bert(Albert):
     """Encoder without a head; layer(i, ...) is another function for every i."""
 
-    config_class = BertConfig
+    config_class, sizes = BertConfig, SIZES
 
     def add_layers(self, config):
         self.shared, self.project = False, nn.Identity()
@@ -52,10 +51,14 @@ class Bert(Albert):
         self.blocks, self.num_layers = self.blocks[:layers], layers
         self.config = replace(self.config, num_hidden_layers=layers)
 
-    @classmethod
-    def from_pretrained(cls, name_or_path):
-        """Encoder with the weights of a hub name, or of a folder or file in the hub's form."""
-        return load_pretrained(cls, name_or_path, SIZES, name_table)
+    @staticmethod
+    def name_table(config):
+        return hub_table(
+            {"pooler": "pooler.dense"},
+            {f"blocks.{i}": f"encoder.layer.{i}" for i in range(config.num_hidden_layers)},
+            {"qkv": "attention.self.query attention.self.key attention.self.value",
+             "attn_out": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
+             "ffn_in": "intermediate.dense", "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"})
 
 
 class Roberta(Bert):
@@ -71,13 +74,3 @@ class Roberta(Bert):
         """Padding is at position pad_id, a token at pad_id plus its place among the tokens, from 1."""
         real = ids != self.pad_id
         return self.positions(real.cumsum(1) * real + self.pad_id)                  # (B,T,H)
-
-
-def name_table(config):
-    """The names of a BERT's or RoBERTa's weights; see hub_table"""
-    return hub_table(
-        {"pooler": "pooler.dense"},
-        {f"blocks.{i}": f"encoder.layer.{i}" for i in range(config.num_hidden_layers)},
-        {"qkv": "attention.self.query attention.self.key attention.self.value",
-         "attn_out": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
-         "ffn_in": "intermediate.dense", "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"})

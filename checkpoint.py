@@ -68,6 +68,12 @@ def guard(path, what, doing="read"):
         raise InputError(f"{path}: not a whole {what} ({reason}); {remedy}") from error
 
 
+def say(text, file=None):
+    """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file or sys.stderr, flush=True)
+
+
 # ---- plain files ----
 
 def cache_dir():
@@ -84,10 +90,10 @@ def map_file(path):
 
 
 def sha256_file(path, published=None):
-    """The SHA-256 of a file in hex; InputError if another one was published."""
+    """The SHA-256 of a file in hex; InputError if another one was published or recorded."""
     with guard(path, "file"):
         sha256 = hashlib.sha256(map_file(path)).hexdigest()
-        check(published in (None, sha256), "its SHA-256 is not that of the file that was published")
+        check(published in (None, sha256), "its SHA-256 is not that of the file that was published or saved")
         return sha256
 
 
@@ -156,7 +162,7 @@ def download(url, path, sha256=None, reader=None, token=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".lock", "ab") as file:
                 if not lock(file):
-                    print(f"{path.name}: another process downloads; waiting for that", file=sys.stderr)
+                    say(f"{path.name}: another process downloads; waiting for that")
                     lock(file, wait=True)
                 if not path.is_file():
                     fetch(url, path, sha256, reader, token)
@@ -188,7 +194,7 @@ def fetch(url, path, sha256, reader, token):
             raise InputError(f"could not fetch {path.name} from {url} ({reason}); "
                              f"try again, or put it at {path}")
         wait = max(pause, min(int(later), 120) if later.isdecimal() else 0)
-        print(f"{path.name}: {reason}; asking again in {wait:.0f} s", file=sys.stderr)
+        say(f"{path.name}: {reason}; asking again in {wait:.0f} s")
         time.sleep(wait)
 
 
@@ -215,7 +221,7 @@ def request(url, part, start, sha256, token):
                 file.write(chunk)
                 if time.monotonic() > shown + SHOW_EVERY:
                     shown = time.monotonic()
-                    print(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB", file=sys.stderr)
+                    say(f"{part.stem}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
             file.flush()
             os.fsync(file.fileno())
     return sha256
@@ -289,7 +295,6 @@ def read_safetensors(path):
     with guard(path, "safetensors file"):
         data, tensors = map_file(path), {}
         start = 8 + int.from_bytes(data[:8], "little")
-        check(10 <= start <= len(data), "its header does not end")
         header = json.loads(bytes(data[8:start]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -559,21 +564,21 @@ def hub_names(tensors, source):
             raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
         names = shorten(", ".join(left_out))
-        print(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)", file=sys.stderr)
+        say(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)")
     return found
 
 
-def load_pretrained(encoder_class, name_or_path, sizes, name_table):
+def load_pretrained(encoder_class, name_or_path):
     """An encoder with the weights that `find_model` finds. Each tensor of the encoder is used once, or an
     InputError names it. A file without a pooler leaves ours freshly initialised.
 
-    sizes: published name -> its config. name_table(config): our parameter -> the hub's tensors that make it.
     Shapes are compared on the meta device, where what only a config claims takes no memory."""
     files = find_model(name_or_path)
     source, tensors = files.weights, read_weights(files.weights)
     config = encoder_class.config_class.from_json(read_json(files.config), files.config)
     with guard(files.config, f"config of {files.name}"):
-        published = dataclasses.replace(sizes.get(files.name, config), hidden_act=config.hidden_act)
+        published = dataclasses.replace(encoder_class.sizes.get(files.name, config),
+                                        hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")
     if source.suffix == ".index":       # Google's "gelu" is the tanh form
         config = dataclasses.replace(config, hidden_act="gelu_new")
@@ -583,7 +588,7 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
     with guard(source, "set of weights for this config"):
         found = hub_names(tensors, source)
         pooler = any(name.startswith("pooler.") for name in found)
-        for own, hub in name_table(config).items():
+        for own, hub in encoder_class.name_table(config).items():
             if not pooler and own.startswith("pooler."):
                 continue
             parts = []
@@ -603,40 +608,7 @@ def load_pretrained(encoder_class, name_or_path, sizes, name_table):
         check(not found, f"{shorten(', '.join(found.values()))} is of another model")
     model = encoder_class(config)
     if not pooler:
-        print(f"{source}: no pooler among the weights, so it starts freshly initialised", file=sys.stderr)
+        say(f"{source}: no pooler among the weights, so it starts freshly initialised")
         weights |= model.pooler.state_dict(prefix="pooler.")
     model.load_state_dict(weights)
     return model
-
-
-# ---- encoders' configs ----
-
-def check_sizes(config):
-    """Raises ValueError unless each field of an encoder's dataclass is of its type and in its range."""
-    for field in dataclasses.fields(config):
-        name, value, kind = field.name, getattr(config, field.name), type(field.default)
-        if kind is int:
-            good = type(value) is int and (0 if name == "pad_token_id" else 1) <= value <= 2**24
-        elif kind is float:
-            good = type(value) is float and 0 < value < 1
-        else:
-            good = value in ("gelu", "gelu_new")
-        check(good, f"{name} is {shorten(value)}, of another type or out of range")
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    groups, inner = getattr(config, "num_hidden_groups", 1), getattr(config, "inner_group_num", 1)
-    last = min(config.vocab_size, config.max_position_embeddings - 1)
-    good = groups <= layers and max(layers, groups * inner) <= 1000
-    check(good, "num_hidden_groups is over num_hidden_layers, or there are over 1,000 layers")
-    check(config.hidden_size % heads == 0, f"hidden_size is no multiple of num_attention_heads, {heads}")
-    check(config.pad_token_id < last, "pad_token_id is not below vocab_size and max_position_embeddings - 1")
-
-
-def make_config(config_class, values, source="config.json"):
-    """An encoder's dataclass from the dict of a config.json. Keys of its must_be with other values are an
-    InputError, for they would change the computation; other keys without a field are ignored."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    with guard(source, "config of such a model"):
-        for key, only in {"model_type": config_class.model_type, **config_class.must_be}.items():
-            found = values.get(key, only)
-            check(found == only, f"{key} is {shorten(found)}, and only {only} is built here")
-        return config_class(**{key: value for key, value in values.items() if key in known})

@@ -1,7 +1,6 @@
 """Ask a finished run, or all of them: python eval.py evaluates the newest run on
 its dev set, with early exit for real; with one of the first flags it does that."""
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -13,39 +12,29 @@ from pathlib import Path
 import torch
 
 import paper
-from checkpoint import InputError, atomic_write
-from glue import SUBMISSION, answers, load, read_inputs, write_submission
+from checkpoint import InputError, atomic_write, say
+from glue import SUBMISSION, answers, get_task, load, read_inputs, write_submission
 from ponder import exit_distribution
-from run import (RUNS, SWEEPS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
-                 device_name, find_run, flag, get_task, load_run, make_rule, make_settings, predict_all,
-                 read_run, read_split, run_main, say, splits_of, timed)
+from run import (RUNS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
+                 device_name, find_run, flag, full_depth, load_run, make_rule, make_settings, predict_all,
+                 read_run, read_splits, run_main, timed)
 
 CHUNK = 4096        # rows of --input that are held at a time
 
 
 # ---- one run, one split ----
 
-def read_splits(settings, tokenizer, split):
-    """{split: (inputs, labels)} of the splits that a name means; MNLI's dev and test are two each"""
-    splits = {name: read_split(settings, tokenizer, name) for name in splits_of(settings.task, split)}
-    if any(labels[0] is None for _, labels in splits.values()):
-        raise InputError(f"--split {split}: {settings.task} has no labels there; use --split dev")
-    return splits
-
-
 def exit_name(settings, criterion):
     """An exit, and its threshold if it has one"""
-    if criterion not in THRESHOLDS:
-        return criterion
-    return f"{criterion} {getattr(settings, THRESHOLDS[criterion]):g}"
+    threshold = THRESHOLDS.get(criterion)
+    return f"{criterion} {getattr(settings, threshold):g}" if threshold else criterion
 
 
-def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
+def report(model, settings, criterion, splits, split, batch_size, as_json):
     """A table of every exit of a run on a split. Scores and layers are those of one pass of full depth. Then
     each exit runs for real and is timed, and the rows are counted that leave elsewhere than that pass says.
     as_json: the exit that is asked about is an object on stdout, and the table is on stderr."""
-    splits, L = read_splits(settings, tokenizer, split), model.num_layers
-    out = sys.stderr if as_json else sys.stdout
+    L, out = model.num_layers, sys.stderr if as_json else sys.stdout
     inputs = [row for rows, _ in splits.values() for row in rows]
     sizes = [len(rows) for rows, _ in splits.values()]
 
@@ -59,11 +48,8 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
     print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
           "layers saved  seconds  full depth  faster  rows that differ", file=out)
     for name in settings.exits:
-        seconds, differ = whole_seconds, 0
-        if name != "expectation":                                   # which needs every layer
-            seconds, (_, layers) = measure(
-                lambda rows: predict_all(model, settings, name, rows, batch_size))
-            differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
+        seconds, (_, layers) = measure(lambda rows: predict_all(model, settings, name, rows, batch_size))
+        differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
         found = paper.mean_of([paper.exit_result(name, settings, *part) for part in parts])
         print(f"{'>' if name == criterion else ' '} {exit_name(settings, name):<15} {found['score']:>6.1f} "
               f"{found['mean_layer']:>11.2f} {L / found['mean_layer']:>12.2f}x {seconds:>8.2f} "
@@ -75,14 +61,12 @@ def report(model, settings, tokenizer, criterion, split, batch_size, as_json):
             print(json.dumps(asked | found | {"seconds": seconds, "seconds_full_depth": whole_seconds}))
 
 
-def print_sweep(model, settings, tokenizer, criterion, split, batch_size):
+def print_sweep(model, settings, criterion, splits, batch_size):
     """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
-    if criterion not in SWEEPS:
-        others = " or ".join(name for name in settings.exits if name in SWEEPS) or "that of another run"
+    if criterion not in THRESHOLDS:
+        others = " or ".join(name for name in settings.exits if name in THRESHOLDS) or "that of another run"
         raise InputError(f"--sweep: exit {criterion} has no threshold; use --exit {others}")
-    arrays = {name: (*all_layers(model, inputs, batch_size, settings.precision), labels)
-              for name, (inputs, labels) in read_splits(settings, tokenizer, split).items()}
-    found = paper.study(settings, arrays)
+    found = paper.study(settings, full_depth(model, settings, splits, batch_size))
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in found["sweep"][criterion]:
         print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"
@@ -145,13 +129,6 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
         print(f"{i + 1:>5}  {method} {value:>10.3f}  {predictions[i]}{'  <- exit' if i + 1 == layer else ''}")
 
 
-def predict_rows(model, settings, inputs, criterion, batch_size):
-    """Early exit for real, or every layer for the expectation: outputs (N,C), layers (N,)"""
-    if criterion == "expectation":
-        return apply_exit(criterion, settings, *all_layers(model, inputs, batch_size, settings.precision))
-    return predict_all(model, settings, criterion, inputs, batch_size)
-
-
 def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
     """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
     task, started, done = get_task(settings.task), time.time(), 0
@@ -163,7 +140,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
         while chunk := list(itertools.islice(rows, CHUNK)):
             inputs = tokenizer.encode_all(chunk, settings.max_length)
             drawn = dataclasses.replace(settings, seed=settings.seed + done)    # sampling draws anew
-            outputs, layers = predict_rows(model, drawn, inputs, criterion, batch_size)
+            outputs, layers = predict_all(model, drawn, criterion, inputs, batch_size)
             for (word, p), layer in zip(worded(task, outputs, criterion != "expectation"), layers.tolist()):
                 file.write((f"{word}\t{layer}\n" if p is None else f"{word}\t{p:.4f}\t{layer}\n").encode())
             done += len(chunk)
@@ -180,12 +157,12 @@ def submit(path, root, method, model, device, batch_size, changed):
     best, predictions = {}, {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
         if method in members and any(task == other for other, _ in SUBMISSION):
-            best.setdefault(name, []).append(max(members[method], key=lambda run: run.score))
+            best.setdefault(name, {})[task] = max(members[method], key=lambda run: run.score)
     name = Path(model or (list(best)[0] if len(best) == 1 else "albert-base-v2")).name
     if name not in best:
         raise InputError(f"--submit: expected finished GLUE runs of {method} with {name} in {root}/, found "
                          f"models: {', '.join(best) or 'none'}; train them, or give --method and --model")
-    runs = {run.settings.task: run for run in best[name]}
+    runs = best[name]
     if "mnli" in runs:
         runs["ax"] = runs["mnli"]
     chosen = {key: dataclasses.replace(runs[key[0]].settings, **changed)
@@ -196,7 +173,7 @@ def submit(path, root, method, model, device, batch_size, changed):
         say(f"{' '.join(key)}: {run.folder}, dev {run.score:.1f} by {settings.exit}")
         _, tokenizer, model = load_run(run.folder, device)
         inputs = tokenizer.encode_all(files[key], settings.max_length)
-        predictions[key] = answers(predict_rows(model, settings, inputs, settings.exit, batch_size)[0])
+        predictions[key] = answers(predict_all(model, settings, settings.exit, inputs, batch_size)[0])
     missing = ", ".join(write_submission(path, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
@@ -241,7 +218,7 @@ def parse_flags(argv):
         more = {"choices": kind} if kind == paper.FIGURES else {"type": kind, "metavar": "X"}
         if kind is None:
             more = {"action": "store_true"}
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **more)
+        parser.add_argument(flag(name), help=meaning, **more)
     given = vars(parser.parse_args(argv))
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:
@@ -284,15 +261,17 @@ def main(argv=None):
           file=sys.stderr if as_json or use == "input" else sys.stdout)
     asked = (model, settings, tokenizer, criterion)
     if use == "text":
-        explain(*asked, given["text"], given.get("text_b"))
-    elif use == "input":
-        answer_file(*asked, given["input"], given.get("output"), batch_size)
-    elif use == "bench":
-        paper.bench(*asked, split)
-    elif use == "sweep":
-        print_sweep(*asked, split, batch_size)
-    else:
-        report(*asked, split, batch_size, as_json)
+        return explain(*asked, given["text"], given.get("text_b"))
+    if use == "input":
+        return answer_file(*asked, given["input"], given.get("output"), batch_size)
+    if use == "bench":
+        return paper.bench(*asked, split)
+    splits = read_splits(settings, tokenizer, split)
+    if any(labels[0] is None for _, labels in splits.values()):
+        raise InputError(f"--split {split}: {settings.task} has no labels there; use --split dev")
+    if use == "sweep":
+        return print_sweep(model, settings, criterion, splits, batch_size)
+    report(model, settings, criterion, splits, split, batch_size, as_json)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ STREAM_ROWS = 4000      # inputs from which full batches pay on an H100, whose g
 @torch.no_grad()
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     """Early exit for N inputs (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the same order
-
     Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
-    layers and STREAM_ROWS inputs or more. ValueError for depthwise=True without shared layers.
-    """
+    layers and STREAM_ROWS inputs or more."""
     N, shared, parameter = len(inputs), model.encoder.shared, next(model.parameters())
     device = parameter.device
     if depthwise is None:
@@ -89,11 +87,9 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
 
 class Places:
     """A batch that is kept full: each place has a row at a layer of its own, and a row that stops frees it.
-
     A step is the same work for every place, so its shape depends on T alone, the longest row in steps of 16.
     On CUDA a shape that keeps coming is recorded as a graph, because its seventy kernels take the host longer
-    to start than the device to run. Within the step the next rows of the queue take the free places.
-    """
+    to start than the device to run. Within the step the next rows of the queue take the free places."""
 
     def __init__(self, model, inputs, rows, rule, state, size, answers, layers):
         encoder, device, self.N = model.encoder, answers.device, len(inputs)
@@ -164,9 +160,7 @@ def record(work):
 
 def pad(inputs, encoder, device, length=None):
     """list of (ids, segments) -> ids (B,T) int64, mask (B,T) bool, True = a real token, segments (B,T) int64
-
-    T is the given length, or that of the longest, padded.
-    """
+    T is the given length, or that of the longest, padded."""
     lengths = np.array([len(ids) for ids, _ in inputs])
     T = length or padded(int(lengths.max()), encoder, device)
     mask = np.arange(T) < lengths[:, None]
@@ -196,9 +190,7 @@ def padded(T, encoder, device, step=None):
 
 def chunks(lengths, batch_size, device):
     """Slices of rows, longest first, each with the length T of its longest row
-
-    A slice has at most batch_size rows, and on a CPU at most CHUNK_TOKENS tokens or one row.
-    """
+    A slice has at most batch_size rows, and on a CPU at most CHUNK_TOKENS tokens or one row."""
     start = 0
     while start < len(lengths):
         T, n = lengths[start], batch_size

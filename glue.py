@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import random
-import sys
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import InputError, atomic_write, cache_dir, check, download, extract_zip, guard, shorten
+from checkpoint import (InputError, atomic_write, cache_dir, check, download, extract_zip, guard, say,
+                        shorten)
 
 
 # ---- tasks ----
@@ -31,8 +31,6 @@ class Task:
         self.label_column = label_column or ("label" if labels else "score")
         self.metrics = metrics or (("accuracy",) if labels else ("pearson", "spearman"))
         self.num_labels, self.pair = len(labels) if labels else 1, len(columns) == 2
-        self.dev_splits = tuple(split for split in splits if split.startswith("dev"))
-        self.test_splits = tuple(split for split in splits if split.startswith("test"))
 
 
 BINARY, NLI = ("0", "1"), ("entailment", "not_entailment")
@@ -114,7 +112,7 @@ def read_split(task, split, path, ids_path=None):
     header, rows = open_table(path, None if has_header else ["source", "label", "mark", "sentence"])
     if ids_path:
         rows = select_mrpc(rows, split, ids_path)
-    labelled = split not in task.test_splits or (task.name not in TASKS and task.label_column in header)
+    labelled = not split.startswith("test") or (task.name not in TASKS and task.label_column in header)
     places = find_columns(header, task.columns)
     [label_place] = find_columns(header, [task.label_column]) if labelled else [None]
     examples, dropped = [], []
@@ -126,8 +124,8 @@ def read_split(task, split, path, ids_path=None):
         label = read_label(task, fields[label_place], number) if labelled else None
         examples.append(Example(*[fields[place] for place in places], label=label))
     if dropped:
-        print(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows with too few or too "
-              f"many fields or no label (the first is line {dropped[0]})", file=sys.stderr)
+        say(f"{path}: dropped {len(dropped)} of {len(dropped) + len(examples)} rows with too few or too many "
+            f"fields or no label (the first is line {dropped[0]})")
     check(examples, "no usable row")
     return examples
 
@@ -135,12 +133,10 @@ def read_split(task, split, path, ids_path=None):
 def select_mrpc(rows, split, ids_path):
     """-> the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
     dev_ids = {tuple(fields) for _, fields in open_table(ids_path, ["#1 ID", "#2 ID"])[1]}
-    parts = {"train": [], "dev": []}
-    for number, fields in rows:
-        parts["dev" if tuple(fields[1:3]) in dev_ids else "train"].append((number, fields))
-    found, listed = len(parts["dev"]), len(dev_ids)
+    marked = [(tuple(row[1][1:3]) in dev_ids, row) for row in rows]
+    found, listed = sum(is_dev for is_dev, _ in marked), len(dev_ids)
     check(found == listed > 0, f"it has {found} of the {listed} dev ids in {ids_path}")
-    return parts[split]
+    return [row for is_dev, row in marked if is_dev == (split == "dev")]
 
 
 def read_inputs(path, task):
@@ -195,7 +191,7 @@ def load(task, split, data_dir=None):
 def sources(task, data_dir=None):
     """-> the files from which a run is made: those that load() reads for all splits but the test's."""
     task = get_task(task)
-    splits = [split for split in task.splits if split not in task.test_splits]
+    splits = [split for split in task.splits if not split.startswith("test")]
     return list(dict.fromkeys(path for split in splits for path in find_files(task, split, data_dir)))
 
 
@@ -281,14 +277,10 @@ def negations(text_b):
 
 # ---- batches ----
 
-def buckets(lengths, batch_size, generator=None):
+def buckets(lengths, batch_size, generator):
     """Cuts 0..N-1 into batches of rows of like length, so that little is padded; at most one is less than
-    full. With a generator (training), shuffled rows are sorted by length within runs of 50 batches, and the
-    batches are shuffled. Without one, the longest rows come first."""
+    full. Shuffled rows are sorted by length within runs of 50 batches, and the batches are shuffled."""
     lengths, batches = torch.as_tensor(lengths), []
-    if generator is None:
-        order = lengths.argsort(descending=True, stable=True)
-        return [batch.tolist() for batch in order.split(batch_size)]
     for run in torch.randperm(len(lengths), generator=generator).split(50 * batch_size):
         batches += run[lengths[run].argsort(stable=True)].split(batch_size)
     return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import InputError, atomic_write, read_json
-from glue import load, negations
+from checkpoint import InputError, atomic_write, read_json, say
+from glue import TASKS, answers, load, negations, score
 from ponder import exit_distribution, geometric_prior
 from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
-                 changed_settings, device_name, load_run, make_rule, make_settings, read_split, say, scores,
-                 splits_of, timed)
+                 changed_settings, device_name, full_depth, load_run, make_rule, make_settings, read_splits,
+                 timed)
 
 
 # ---- what one pass of full depth tells ----
@@ -41,27 +41,19 @@ def exit_result(criterion, settings, logits, lam, labels, split):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
         order = torch.randperm(N, generator=torch.Generator().manual_seed(draw))
         dealt = logits[torch.arange(N), layers[order] - 1]
-        metrics = scores(settings.task, outputs, labels)
+        metrics = score(settings.task, answers(outputs), labels)
         shares = torch.bincount(layers, minlength=L + 1)[1:].double() / N
         draws.append({"score": metrics.pop("score"), "metrics": {split: metrics},
-                      "dealt": scores(settings.task, dealt, labels)["score"],
+                      "dealt": score(settings.task, answers(dealt), labels)["score"],
                       "mean_layer": layers.double().mean().item(), "histogram": shares.tolist()})
     return mean_of(draws)
-
-
-def oracle_layers(logits, labels):
-    """(N,) the first layer that is right, L where none is; for regression the layer with the least error"""
-    if logits.shape[2] == 1:
-        return (logits[:, :, 0] - labels[:, None]).abs().argmin(1) + 1
-    right = logits.argmax(2) == labels[:, None]                     # (N,L)
-    right[:, -1] = True
-    return right.int().argmax(1) + 1
 
 
 def study(settings, splits):
     """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model: splits {split:
     (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each threshold},
-    by_layer (L,): the score of every fixed layer, oracle: its score and mean_layer"""
+    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one,
+    L where none is; for regression of the one with the least error"""
     trees = []
     for split, (logits, lam, labels) in splits.items():
         dev, sweep, (N, L) = {}, {}, lam.shape
@@ -73,10 +65,14 @@ def study(settings, splits):
                 row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
                 row |= {criterion: value, "speed_up": L / result["mean_layer"]}
                 sweep.setdefault(criterion, []).append(row)
-        best = oracle_layers(logits, torch.tensor(labels))
-        chosen = [*logits.unbind(1), logits[torch.arange(N), best - 1]]
-        *by_layer, oracle = [scores(settings.task, outputs, labels)["score"] for outputs in chosen]
-        oracle = {"score": oracle, "mean_layer": best.double().mean().item()}
+        error = (answers(logits.flatten(0, 1)).view(N, L) - torch.tensor(labels)[:, None]).abs()
+        if logits.shape[2] > 1:
+            error = (error > 0).int()
+            error[:, -1] = 0                                        # layer L is taken where none is right
+        best = error.argmin(1)                                      # (N,) from 0, the first of the least
+        chosen = [*logits.unbind(1), logits[torch.arange(N), best]]
+        *by_layer, oracle = [score(settings.task, answers(outputs), labels)["score"] for outputs in chosen]
+        oracle = {"score": oracle, "mean_layer": (best + 1).double().mean().item()}
         trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
     return mean_of(trees)
 
@@ -112,8 +108,8 @@ def cells(root):
             settings = make_settings(**values["settings"])
             if not values["finished"] or settings.max_steps is not None:                # is no result
                 continue
-            score = values["dev"][settings.exit]["score"]
-            run = Run(path.parent, settings, score, *(values[name] for name in Run._fields[3:]))
+            own = values["dev"][settings.exit]["score"]
+            run = Run(path.parent, settings, own, *(values[name] for name in Run._fields[3:]))
             for criterion in run.dev:
                 cell([run], criterion)                      # fails here if it cannot be printed
             # Where and how a run was made changes nothing; the precision is the one that was really used.
@@ -156,8 +152,7 @@ def prior_cells(found):
 
 # ---- tables ----
 
-NAMES = {"sst2": "SST-2", "rte": "RTE", "qnli": "QNLI", "cola": "CoLA", "mrpc": "MRPC", "mnli": "MNLI",
-         "qqp": "QQP", "stsb": "STS-B"}
+NAMES = {task: TASKS[task].folder for task in "sst2 rte qnli cola mrpc mnli qqp stsb".split()}
 # The paper's numbers, with the system that is ours beside them: row: system: dev: test
 TABLE_1 = """\
 ALBERT: finetune: 92.7±0.3 77.0±1.9 57.0±2.1
@@ -256,8 +251,6 @@ CURVES = (      # method, exit, label, colour (Okabe and Ito's), marker
     ("pondernet", "q", "PonderNet by Q-exit", "#009E73", "^"), ("palbert", "q", "PALBERT", "#0072B2", "o"),
     ("berxit", "learned", "BERxiT", "#CC79A7", "D"),
 )
-
-
 FIGURES = ("q", "speedup", "prior", "distribution", "negations")    # Figs. 2 to 5; parity's own
 
 
@@ -270,12 +263,12 @@ def plot(kind, root, out, device, batch_size, changed):
         raise InputError("--plot: matplotlib is not installed, and draws; pip install matplotlib") from None
 
     def read(run, split):
-        """(labels, logits, lam) of the run's model over a split"""
+        """(logits, lam, labels) of the run's model over a split"""
         say(f"reading {run.folder}")
         settings, tokenizer, model = load_run(run.folder, device)
         settings = dataclasses.replace(settings, **changed)
-        inputs, labels = read_split(settings, tokenizer, split)
-        return labels, *all_layers(model, inputs, batch_size, settings.precision)
+        splits = read_splits(settings, tokenizer, split)
+        return full_depth(model, settings, splits, batch_size)[split]
 
     found = cells(root)
     panels, draw = main_cells(found), partial(draw_curves, kind=kind)
@@ -356,7 +349,7 @@ def draw_priors(axis, members):
 
 def draw_distribution(axis, runs, read):
     """Fig. 5: p(i|x), mean over the training set and over all seeds, and the prior"""
-    p = torch.stack([exit_distribution(read(run, "train")[2]).mean(0) for run in runs]).mean(0)     # (L,)
+    p = torch.stack([exit_distribution(read(run, "train")[1]).mean(0) for run in runs]).mean(0)     # (L,)
     layers, prior = range(1, len(p) + 1), runs[0].settings.prior
     axis.plot(layers, p, "o-", label="PALBERT")
     axis.plot(layers, geometric_prior(prior, len(p)), "k--", lw=1, label=f"prior {prior:g}")
@@ -370,7 +363,7 @@ def draw_negations(figure, runs, read):
     left, right = figure.subplots(1, 2)
     k, tables = torch.tensor([negations(example.text_b) for example in load("parity", "dev")]), []
     for run in runs:
-        labels, logits, lam = read(run, "dev")
+        logits, lam, labels = read(run, "dev")
         outputs, layers = apply_exit("q", run.settings, logits, lam)
         hits = torch.stack([outputs, logits[:, 0]], 1).argmax(2) == torch.tensor(labels)[:, None]  # (N,2)
         tables.append(torch.cat([layers[:, None], 100 * hits, exit_distribution(lam).cumsum(1)], 1))
@@ -424,7 +417,7 @@ def bench(model, settings, tokenizer, criterion, split, rounds=3):
     each) rows a second by batch size, all ways in turn, medians of rounds, on 128 rows of the split"""
     device, L = next(model.parameters()).device, model.num_layers
     autocast(device, settings.precision)                            # refuses what the device has not
-    inputs, _ = read_split(settings, tokenizer, splits_of(settings.task, split)[0])
+    inputs, _ = next(iter(read_splits(settings, tokenizer, split).values()))
     inputs = random.Random(0).sample(inputs, min(128, len(inputs)))
     T = round(statistics.mean(len(ids) for ids, _ in inputs))
 

@@ -314,6 +314,4 @@ class Ponder(nn.Module):
                 break
         return answers, layers
 
-    def predict_many(self, inputs, rule, batch_size=32, depthwise=None):
-        """predict for a list of (ids, segments), fast -> logits (N,C), layers (N,); see fast.predict_many"""
-        return fast.predict_many(self, inputs, rule, batch_size, depthwise)
+    predict_many = fast.predict_many    # predict for a list of (ids, segments) -> logits (N,C), layers (N,)

@@ -17,7 +17,7 @@ import bert
 from checkpoint import (PUBLISHED, InputError, find_model, guard, read_json, read_safetensors, sha256_file,
                         shorten, write_json)
 from fast import pad
-from glue import answers, buckets, get_task, load, score, sources
+from glue import get_task, load, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
                     exit_distribution, exit_layers, expected_prediction)
 from text import load_tokenizer, train_tokenizer
@@ -112,11 +112,6 @@ class Settings:
                 raise InputError(f"{flag(field.name)} {value}: expected {expected}")
 
     @property
-    def has_lambda(self):
-        """Whether the model has a Lambda head, which in BERxiT is the certainty."""
-        return self.method not in ("pabee", "finetune")
-
-    @property
     def exits(self):
         """The exits that this run's model can be evaluated by; entropy needs classes."""
         regression = get_task(self.task).num_labels == 1
@@ -143,10 +138,11 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are InputErrors."""
+    """A command line whose errors are InputErrors, and which gives only what was asked."""
 
     def __init__(self, name, description):
         super().__init__(name, description=description, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
@@ -249,10 +245,11 @@ def make_ponder(encoder, settings, tokenizer):
                          f"embeddings for {encoder.config.vocab_size}; take both from one model")
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length: {settings.model} takes no more than {encoder.max_length} tokens")
+    lambda_layers = 0 if settings.method in ("pabee", "finetune") else settings.lambda_layers
     try:
-        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers,
-                      settings.lambda_layers if settings.has_lambda else 0, settings.lambda_input == "concat",
-                      settings.classifiers == "per_layer", settings.prior, settings.dropout)
+        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
+                      settings.lambda_input == "concat", settings.classifiers == "per_layer",
+                      settings.prior, settings.dropout)
     except ValueError as error:
         raise InputError(f"--layers {settings.layers}: {error}") from None
 
@@ -284,8 +281,7 @@ def load_run(folder, device=None):
     device (None: the first that is there). InputError for a folder that is not whole."""
     folder, (settings, values) = Path(folder), read_run(folder)
     for name, sha256 in values.get("files", {}).items():    # half a spiece.model is a whole smaller one
-        if sha256_file(folder / name) != sha256:
-            raise InputError(f"{folder / name}: not the file that the run ended with; train again")
+        sha256_file(folder / name, sha256)
     tokenizer, model = open_run(folder, settings)
     return settings, tokenizer, fill(model, folder / "model.safetensors", device or choose_device())
 
@@ -347,33 +343,42 @@ def describe(settings, device):
 
 # ---- evaluation ----
 
-def splits_of(task, split):
-    """The splits meant by a name: dev and test stand for both of MNLI's"""
-    return getattr(get_task(task), f"{split}_splits") if split in ("dev", "test") else (split,)
-
-
-def read_split(settings, tokenizer, split):
-    """(inputs, labels) of a split: a list of (ids, segments), and the labels as they come"""
-    examples = load(settings.task, split, settings.data_dir)
-    return tokenizer.encode_all(examples, settings.max_length), [example.label for example in examples]
+def read_splits(settings, tokenizer, split):
+    """{split: (inputs, labels)} of the splits that a name means, for MNLI's dev and test two; inputs: a list
+    of (ids, segments)"""
+    found = {}
+    parts = [name for name in get_task(settings.task).splits if name.startswith(f"{split}_")]
+    for name in parts or [split]:
+        examples = load(settings.task, name, settings.data_dir)
+        inputs = tokenizer.encode_all(examples, settings.max_length)
+        found[name] = inputs, [example.label for example in examples]
+    return found
 
 
 @torch.no_grad()
 def all_layers(model, inputs, batch_size=32, precision=None):
     """One pass of full depth: logits (N,L,C), lam (N,L), float32 on the CPU, in the order of the inputs"""
-    device = next(model.parameters()).device
-    order, outputs = buckets([len(ids) for ids, _ in inputs], batch_size), []
+    device, outputs = next(model.parameters()).device, []
+    order = torch.tensor([len(ids) for ids, _ in inputs]).argsort(descending=True, stable=True)
     with autocast(device, precision):
-        for batch in order:
-            outputs.append(model(*pad([inputs[row] for row in batch], model.encoder, device)))
-    by_row = torch.tensor([row for batch in order for row in batch]).argsort()
-    logits, lam = (torch.cat(column).float().cpu()[by_row] for column in zip(*outputs))
+        for batch in order.split(batch_size):
+            outputs.append(model(*pad([inputs[row] for row in batch.tolist()], model.encoder, device)))
+    logits, lam = (torch.cat(column).float().cpu()[order.argsort()] for column in zip(*outputs))
     check_finite(torch.cat([logits, lam[..., None]], 2), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
     return logits, lam
 
 
+def full_depth(model, settings, splits, batch_size=32):
+    """{split: (logits (N,L,C), lam (N,L), labels)} of what read_splits() gives"""
+    return {split: (*all_layers(model, inputs, batch_size, settings.precision), labels)
+            for split, (inputs, labels) in splits.items()}
+
+
 def predict_all(model, settings, criterion, inputs, batch_size):
-    """Early exit for real: outputs (N,C), layers (N,), on the CPU, in the order of the inputs"""
+    """Early exit for real, or every layer for the expectation: outputs (N,C), layers (N,), on the CPU, in the
+    order of the inputs"""
+    if criterion == "expectation":
+        return apply_exit(criterion, settings, *all_layers(model, inputs, batch_size, settings.precision))
     rule = make_rule(criterion, settings, model.num_layers)
     with autocast(next(model.parameters()).device, settings.precision):
         outputs, layers = (answer.cpu() for answer in model.predict_many(inputs, rule, batch_size))
@@ -406,18 +411,7 @@ def apply_exit(criterion, settings, logits, lam, draw=0):
     return logits[torch.arange(len(layers)), layers - 1], layers
 
 
-def scores(task, outputs, labels):
-    """GLUE metrics of outputs (N,C) against labels"""
-    return score(task, answers(outputs), labels)
-
-
 # ---- commands ----
-
-def say(text, file=None):
-    """A line for the user, on stderr unless a file is given, from one of torchrun's processes"""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=file or sys.stderr, flush=True)
-
 
 def run_main(main):
     """Run a command: what a user can mend is one sentence and exit code 1; a closed pipe ends it quietly."""

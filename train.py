@@ -12,7 +12,6 @@ A run is a folder under runs/: config.json, the tokenizer, model.safetensors
 metrics.jsonl, and resume.pt while it is unfinished.
 """
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -31,16 +30,16 @@ import time
 import torch
 import torch.distributed as dist
 
-from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, write_json,
+from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, say, write_json,
                         write_safetensors)
 from fast import pad, upload
 from glue import buckets, load, sources
 from paper import exit_result, mean_of, study
 from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
                     layer_weighted_loss)
-from run import (DRAWS, PLACE, RUNS, Parser, Settings, all_layers, autocast, changed_settings, choose_device,
-                 describe, fill, find_run, flag, hashes, make_model, make_settings, open_run, origin_of,
-                 read_run, read_split, run_main, run_name, say, splits_of)
+from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
+                 fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run, origin_of,
+                 read_run, read_splits, run_main, run_name)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -185,9 +184,8 @@ class Training:
         self.model = model.to_empty(device=self.device).train()
         self.optimizer = make_optimizer(self.model, settings)
         self.prior = geometric_prior(settings.prior, self.model.num_layers).to(self.device)
-        self.inputs, self.labels = read_split(settings, tokenizer, "train")
-        self.dev = {split: read_split(settings, tokenizer, split)
-                    for split in splits_of(settings.task, "dev")}
+        self.inputs, self.labels = read_splits(settings, tokenizer, "train")["train"]
+        self.dev = read_splits(settings, tokenizer, "dev")
         self.batches = math.ceil(len(self.inputs) / settings.batch_size)        # of an epoch
         self.total = min(settings.epochs * self.batches, settings.max_steps or math.inf)
         self.resume()
@@ -263,19 +261,14 @@ class Training:
             say(f"epoch {epoch}, step {self.step} of at most {self.total}: {numbers}; {1 / pace:.1f} "
                 f"steps/s, at most {left} to go")
 
-    def read_dev(self):
-        """{split: (logits (N,L,C), lam (N,L), labels)} of the dev set, of which MNLI has two"""
-        self.model.eval()
-        return {split: (*all_layers(self.model, inputs, precision=self.settings.precision), labels)
-                for split, (inputs, labels) in self.dev.items()}
-
     def judge(self, epoch):
         """Rank 0 alone: the epoch's dev score; the best weights are kept -> the best epoch"""
         settings = self.settings
         try:
+            arrays = full_depth(self.model.eval(), settings, self.dev)
             dev = mean_of([exit_result(settings.exit, settings, logits, lam, labels, split)
                            | {"p": exit_distribution(lam).mean(0).tolist()}
-                           for split, (logits, lam, labels) in self.read_dev().items()])
+                           for split, (logits, lam, labels) in arrays.items()])
         except InputError as error:
             raise InputError(f"step {self.step}: {error}") from None
         self.model.train()
@@ -317,9 +310,9 @@ class Training:
 
     def finish(self):
         """Rank 0 alone: what the best epoch's weights are worth, with which the run is finished"""
-        fill(self.model, self.folder / "model.safetensors", self.device)
+        model = fill(self.model, self.folder / "model.safetensors", self.device)
         kept = {path.name for path in self.folder.iterdir()} - {"run.json", "metrics.jsonl", "resume.pt"}
-        values = recorded(self.folder) | study(self.settings, self.read_dev())
+        values = recorded(self.folder) | study(self.settings, full_depth(model, self.settings, self.dev))
         values |= {"finished": True, "steps": self.step, "epochs": math.ceil(self.step / self.batches),
                    "best_epoch": self.best_epoch,
                    "files": hashes(self.folder / name for name in sorted(kept))}
@@ -424,8 +417,7 @@ def make_parser():
             meaning += ": " + ", ".join(allowed)
         if field.default is not None:
             meaning += f" [{field.default}]"
-        group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=meaning,
-                           metavar=field.type.__name__)
+        group.add_argument(flag(field.name), help=meaning, metavar=field.type.__name__)
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
     group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
@@ -436,14 +428,15 @@ def make_parser():
 
 
 def main(argv=None):
-    asked, given = make_parser().parse_args(argv), {}
+    asked, given = vars(make_parser().parse_args(argv)), {}
     for field in dataclasses.fields(Settings):
-        if hasattr(asked, field.name):
-            text = given[field.name] = getattr(asked, field.name)
+        if field.name in asked:
+            text = given[field.name] = asked[field.name]
             with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
                 given[field.name] = None if text.lower() == "none" else field.type(text)
-    settings, name, seeds, resume = make_settings(**given), asked.name, asked.seeds, asked.resume
-    several, exits = seeds is not None or asked.grid, settings.exits
+    settings, name, resume = make_settings(**given), asked.get("name"), asked.get("resume")
+    seeds, grid, exits = asked.get("seeds"), "grid" in asked, settings.exits
+    several = seeds is not None or grid
     for wrong, sentence in (
             (settings.exit not in exits,
              f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
@@ -451,7 +444,7 @@ def main(argv=None):
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
             (seeds is not None and not 1 <= seeds <= 9999, f"--seeds {seeds}: expected from 1 to 9999"),
-            (asked.dry_run and not several, "--dry-run: expected together with --seeds or --grid"),
+            ("dry_run" in asked and not several, "--dry-run: expected together with --seeds or --grid"),
             (resume is not None and (given or name or several),
              "--resume goes on with the settings that the run has; give it without others")):
         if wrong:
@@ -467,7 +460,7 @@ def main(argv=None):
     elif name is not None:
         folder = on_rank_0(lambda: find_folder(settings, origin_of(settings), name))
     if several:
-        protocol(settings, seeds or 0, asked.grid, asked.dry_run)
+        protocol(settings, seeds or 0, grid, "dry_run" in asked)
     else:
         run(settings, folder)
 
