@@ -193,7 +193,7 @@ class Albert(nn.Module):
     def layer_blocks(self, i):
         """The blocks of layer i; the layers are dealt out to the groups evenly and in order."""
         if self.shared:
-            return self.groups[0]               # for any i, because Ponder may run more layers than L
+            return self.groups[0]               # for any i: Ponder may run more layers than num_layers
         return self.groups[(i - 1) * len(self.groups) // self.num_layers]
 
     def position_embeddings(self, ids):
@@ -224,7 +224,7 @@ class Albert(nn.Module):
         return block.first(h, mask)
 
     def finish(self, i, h, mask, cls):
-        """h_i (B,T,H), given that of the first token, cls (B,1,H); rows may have been dropped from all"""
+        """h_i (B,T,H), given that of the first token, cls (B,1,H); all may hold only the rows that go on"""
         block, h = self.last_block(i, h, mask)
         return block.rest(h, mask, cls)
 

@@ -47,7 +47,7 @@ class Bert(Albert):
         return [self.blocks[i - 1]]
 
     def truncate(self, layers):
-        """Drops all layers after the first so many."""
+        """Keeps the first layers alone."""
         self.blocks, self.num_layers = self.blocks[:layers], layers
         self.config = replace(self.config, num_hidden_layers=layers)
 

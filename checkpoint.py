@@ -57,14 +57,14 @@ def guard(path, what, doing="read"):
     """Any failure inside becomes one sentence: PATH: not a whole WHAT (REASON); get it again."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot {doing} {path}: {error.strerror}") from error
         reason = shorten(str(error)) or type(error).__name__
         cached = cache_dir() in Path(path).parents
-        remedy = "delete it or its folder, and start again" if cached else "get it again"
+        remedy = "delete it or its folder, and start again" if cached else "get or make it again"
         raise InputError(f"{path}: not a whole {what} ({reason}); {remedy}") from error
 
 
@@ -124,9 +124,11 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # the latter by torch.save, once a write has failed
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        raise InputError(f"cannot write {path}: {getattr(cause, 'strerror', error)}") from error
+    except (OSError, RuntimeError) as error:    # torch.save hides a failed write in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -564,7 +566,7 @@ def hub_names(tensors, source):
             raise InputError(f"{source}: expected {plain} once, found {name} and {found[plain]}")
     if left_out:
         names = shorten(", ".join(left_out))
-        say(f"{source}: left out, for not the encoder's: {names} ({len(left_out)} in all)")
+        say(f"{source}: left out, not being the encoder's: {names} ({len(left_out)} in all)")
     return found
 
 

@@ -46,7 +46,7 @@ def report(model, settings, criterion, splits, split, batch_size, as_json):
     labels = [labels for _, labels in splits.values()]
     parts = [*zip(*(array.split(sizes) for array in arrays), labels, splits)]
     print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
-          "layers saved  seconds  full depth  faster  rows that differ", file=out)
+          "    speed-up  seconds  full depth  faster  rows that differ", file=out)
     for name in settings.exits:
         seconds, (_, layers) = measure(lambda rows: predict_all(model, settings, name, rows, batch_size))
         differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
@@ -64,8 +64,8 @@ def report(model, settings, criterion, splits, split, batch_size, as_json):
 def print_sweep(model, settings, criterion, splits, batch_size):
     """Every threshold of an exit from one pass, and what says whether the exit has learned anything"""
     if criterion not in THRESHOLDS:
-        others = " or ".join(name for name in settings.exits if name in THRESHOLDS) or "that of another run"
-        raise InputError(f"--sweep: exit {criterion} has no threshold; use --exit {others}")
+        others = " or ".join(f"--exit {name}" for name in settings.exits if name in THRESHOLDS)
+        raise InputError(f"--sweep: exit {criterion} has no threshold; use {others or 'another run'}")
     found = paper.study(settings, full_depth(model, settings, splits, batch_size))
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in found["sweep"][criterion]:
@@ -80,7 +80,7 @@ def print_sweep(model, settings, criterion, splits, batch_size):
 
 def criterion_values(criterion, settings, logits, lam):
     """What an exit looks at in one input, logits (1,L,C), lam (1,L) -> its name, and a value for each layer.
-    The last layer's exit looks at nothing; the entropy stands there."""
+    The exit "last" looks at nothing; the entropy stands there."""
     rule = make_rule(criterion, settings, lam.shape[1])
     state = rule.start(1, lam.shape[1], lam.device)
     if criterion == "q":

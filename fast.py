@@ -2,7 +2,7 @@
 
 `descend` takes a pool of rows, longest first, down the layers together. Rows that stop are dropped, and where
 it pays a layer is decided from its first token, before its other tokens are computed. `Places` keeps a batch
-full instead, with every row at a layer of its own, which must be one layer for all.
+full instead, with every row at a depth of its own, so all layers must share their weights.
 """
 
 import collections
@@ -31,7 +31,7 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     order = np.argsort([-len(ids) for ids, _ in inputs], kind="stable")     # longest first
     inputs, rows = [inputs[row] for row in order], upload(order, device)
     state = tuple(s[rows] for s in rule.start(N, model.num_layers, device))
-    answers = parameter.new_zeros(N + 1, model.num_labels)                  # row N takes what is no answer
+    answers = parameter.new_zeros(N + 1, model.num_labels)      # row N takes the outputs of rows that go on
     layers = torch.zeros(N + 1, dtype=torch.int64, device=device)
     start = 0
     if depthwise and N:
@@ -68,8 +68,8 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
         state, done = rule.step(state, depth, lam, logits)
         # The host waits for the device here, and nowhere else.
         stopped = [True] * len(rows) if last else done.tolist()
-        stop = [b for b, it in enumerate(stopped) if it]
-        go = [b for b, it in enumerate(stopped) if not it]
+        stop = [b for b, out in enumerate(stopped) if out]
+        go = [b for b, out in enumerate(stopped) if not out]
         if stop:
             ends = upload(stop, device)
             answers[rows[ends]], layers[rows[ends]] = logits[ends], i
@@ -79,7 +79,7 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
         rows, mask, previous, state = rows[keep], mask[keep], pooled[keep], tuple(s[keep] for s in state)
         if decide_first:
             for c, T in chunks(lengths, batch_size, device):
-                source = keep[c] if stop else c     # it ascends, so no row is read after it was overwritten
+                source = keep[c] if stop else c     # keep ascends, so no row is read after it was overwritten
                 h[c, :T] = encoder.finish(i, h[source, :T], mask[c, :T], cls[source])
             keep = slice(len(go))                               # the finished rows have moved up
         h, mask = h[keep, :lengths[0]], mask[:, :lengths[0]]
@@ -94,7 +94,7 @@ class Places:
     def __init__(self, model, inputs, rows, rule, state, size, answers, layers):
         encoder, device, self.N = model.encoder, answers.device, len(inputs)
         self.model, self.rule, self.answers, self.layers = model, rule, answers, layers
-        # The queue, and at its end row N, a token that nobody asked for, which takes places left over.
+        # The queue, and at its end row N, one token without a question, for places left over.
         self.widths = [padded(len(ids), encoder, device, 16) for ids, _ in inputs]
         self.batch = pad([*inputs, ([0], [0])], encoder, device, self.widths[0])
         self.rows = torch.cat([rows, torch.full_like(rows[:1], self.N)])    # (N+1,)

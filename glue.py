@@ -1,6 +1,7 @@
 """From files to examples and from predictions to scores: GLUE's tasks, own data, and the task `parity`."""
 
 import contextlib
+import functools
 import math
 import os
 import random
@@ -51,6 +52,7 @@ TASKS = {task.name: task for task in (
 )}
 
 
+@functools.cache            # a folder's training file is read once, and what it says stays
 def get_task(name):
     """-> the Task of a name in TASKS, or of a folder of own data: train.tsv, dev.tsv, perhaps test.tsv, with
     columns `sentence`, or `sentence1` and `sentence2`, and `label` (the words in train.tsv, sorted, are the
@@ -107,7 +109,7 @@ def read_label(task, word, line):
 
 
 def read_split(task, split, path, ids_path=None):
-    """-> the Examples of a file, as load() says; with ids_path, it is MRPC's raw training file."""
+    """-> the Examples of a file, as load() says; with ids_path, the file is MRPC's raw training set."""
     has_header = task.name != "cola" or split == "test"
     header, rows = open_table(path, None if has_header else ["source", "label", "mark", "sentence"])
     if ids_path:
@@ -198,7 +200,7 @@ def sources(task, data_dir=None):
 def find_files(task, split, data_dir):
     """-> the file of a split, and MRPC's dev ids where the split is made from the raw file; [] for none."""
     if task.name == "parity":
-        return []
+        return []    # it is made, not read
     if task.name not in TASKS:
         data_dir = task.name
     elif data_dir is None:
@@ -249,7 +251,7 @@ VERBS = ("sleeps runs sings waits jumps laughs eats reads swims dreams works hid
 
 
 def parity(split):
-    """-> a split of PonderNet's parity experiment, told in sentence pairs: text_b is text_a under k = 0..3
+    """-> a split of PonderNet's parity experiment, as sentence pairs: text_b is text_a under k = 0..3
     nested negations, mixed with neutral phrases; the label is 1 ("same") where k is even. Half the rows have
     each label, and no pair occurs twice in the three splits."""
     draw, examples = random.Random(0), {}    # a dict keeps the order, and each example once

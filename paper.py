@@ -23,7 +23,7 @@ from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers
 # ---- what one pass of full depth tells ----
 
 def mean_of(trees):
-    """Dicts and lists of one form -> that form with the means, of a key over the trees that have it"""
+    """Dicts and lists of one form -> their mean, number by number; a key may be missing in some"""
     if isinstance(trees[0], dict):
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: mean_of([tree[key] for tree in trees if key in tree]) for key in keys}
@@ -112,7 +112,7 @@ def cells(root):
             run = Run(path.parent, settings, own, *(values[name] for name in Run._fields[3:]))
             for criterion in run.dev:
                 cell([run], criterion)                      # fails here if it cannot be printed
-            # Where and how a run was made changes nothing; the precision is the one that was really used.
+            # Where and how a run was made makes no other set; the precision is the one that was really used.
             rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
             one_set = dataclasses.replace(settings, **rest), str([values.get("data"), values.get("model")])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -384,7 +384,7 @@ def draw_negations(figure, runs, read):
 # ---- speed ----
 
 def flops(model, operations, work):
-    """FLOP/s of work(); calls that take 0.2 s lie between two waits for the device, or those would count"""
+    """FLOP/s of work(); as many calls as take 0.2 s, so that the two waits for the device do not count"""
     calls, seconds = 1, 0
     while seconds < 0.2:
         calls *= 2

@@ -60,14 +60,14 @@ def layer_losses(logits, labels):
 def elbo_loss(logits, lam, labels, prior, beta, cut=0.05):
     """-E_{i ~ p(i|x)} [log p(y|x,i)] + beta * KL(p(.|x) || p(.|lam_p))   (Eq. 1, negated; the batch's mean)
     logits (B,L,C), lam (B,L), labels (B,) int64 or float, prior (L,) -> loss (), and its parts by name: task,
-    kl, expected_layer (sum_i i p_i), cut_at_1 (the share of rows cut at layer 1: no lambda gets a gradient).
+    kl, expected_layer (sum_i i p_i), cut_at_1 (the share of rows cut at layer 1, which teach lambda nothing).
 
-    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; a cut of 0 truncates nothing. The
+    Section 3 truncates p at the lowest j with sum_{i<=j} p_i >= 1 - cut; with a cut of 0 nothing is cut. The
     model cut at j is a model of j layers, so layer j takes what remains of p and of the prior. Were the prior
     not folded so, KL would have a gradient even where lambda is the prior's."""
     L, lam = logits.shape[1], lam.to(torch.promote_types(lam.dtype, torch.float32))
     eps = torch.finfo(lam.dtype).eps
-    lam = lam.clamp(eps, 1 - eps)                           # 0 and 1 still have a finite loss
+    lam = lam.clamp(eps, 1 - eps)                           # else a lambda of 1 is a cut, even where cut is 0
     layers = torch.arange(1, L + 1, device=lam.device)
     cdf = exit_distribution(lam).cumsum(1)                  # (B,L)
     j = 1 + (cdf[:, :-1] < 1 - cut).sum(1, keepdim=True)    # (B,1) the layer of the cut, or L
@@ -90,8 +90,9 @@ def layer_weighted_loss(logits, labels):
 
 
 def berxit_loss(logits, lam, labels):
-    """sum_i CE_i + sum_i (lam_i - t_i)^2   (BERxiT, Xin et al. 2021); lam_i is the certainty of layer i.
-    The target t_i has no gradient: 1 where layer i is right, else 0; for C = 1 it is 1 - tanh|y - y_i|."""
+    """sum_i CE_i + sum_i (lam_i - t_i)^2   (BERxiT, Xin et al. 2021, who alternate it with CE_L)
+    lam_i is layer i's certainty. Its target t_i, without a gradient, is 1 where layer i is right, else 0; for
+    C = 1 it is 1 - tanh|y - y_i|."""
     losses = layer_losses(logits, labels)                       # (B,L)
     if logits.shape[2] == 1:
         target = 1 - torch.tanh(losses.detach().sqrt())         # (B,L)
@@ -177,7 +178,7 @@ class StatelessExit:
 
 
 class EntropyExit(StatelessExit):
-    """Stop where the entropy of softmax(logits_i), in nats, is below the threshold (DeeBERT, FastBERT)."""
+    """Stop where the entropy of softmax(logits_i), in nats, is below the threshold (DeeBERT)."""
 
     def step(self, state, i, lam, logits):
         if logits.shape[1] == 1:
@@ -208,7 +209,7 @@ def exit_layers(rule, logits, lam):
     state, layers = rule.start(B, L, lam.device), torch.full((B,), L, device=lam.device)
     for i in range(1, L):
         state, done = rule.step(state, torch.full_like(layers, i), lam[:, i - 1], logits[:, i - 1])
-        layers = torch.where(done & (layers == L), i, layers)
+        layers = torch.where(done & (layers == L), i, layers)       # L: has not stopped yet
     return layers
 
 
@@ -252,15 +253,17 @@ class Ponder(nn.Module):
         self.encoder, self.num_labels, self.dropout = encoder, num_labels, dropout
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         if self.num_layers < 1 or (self.num_layers != encoder.num_layers and not encoder.shared):
-            raise ValueError(f"found {self.num_layers}, expected {encoder.num_layers}, or any number from 1 "
-                             "on where layers share their weights")
+            raise ValueError(f"found {self.num_layers} layers, expected {encoder.num_layers}, or any number "
+                             "from 1 on of an encoder whose layers share their weights")
         H = encoder.hidden_size
         heads = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
         for linear in heads:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.classifier = heads if per_layer else heads[0]
-        self.lambda_head = LambdaHead(H, lambda_layers, concat, prior, dropout) if lambda_layers else None
+        self.lambda_head = None
+        if lambda_layers and self.num_layers > 1:               # one layer alone is where every row stops
+            self.lambda_head = LambdaHead(H, lambda_layers, concat, prior, dropout)
 
     def heads(self, i, pooled, previous):
         """pooled h_i and h_{i-1} (...,n,H) at layers i (n,) int64 -> logits (...,n,C), lam (...,n)"""
@@ -294,7 +297,7 @@ class Ponder(nn.Module):
 
     @torch.no_grad()
     def predict(self, ids, mask, segments, rule):
-        """Early exit: a row that stops leaves the batch. Arguments of forward -> logits (B,C), layers (B,)"""
+        """Early exit, after eval(): a row that stops leaves the batch. -> logits (B,C), layers (B,)"""
         B, L, device = len(ids), self.num_layers, ids.device
         rows, state = torch.arange(B, device=device), rule.start(B, L, device)
         answers, layers = torch.zeros(B, self.num_labels, device=device), torch.zeros_like(rows)

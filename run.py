@@ -41,9 +41,9 @@ SCRATCH = {     # this project's own settings for models from scratch
                  prior=0.25, dropout=0.0),
     "mini": dict(lr=5e-4, lambda_lr=5e-4, batch_size=64, epochs=3, warmup=100, clip=1.0),
 }
-PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which changes no result
+PLACE = ("data_dir", "device", "save_every")    # where and how a run is made, which makes no other run
 DRAWS = 20      # of sampling, whose score is their mean: one draw is off by 1 to 2 points
-RULES = {       # exit: its rule, the settings that it takes, the values of a sweep over the first of them
+RULES = {       # exit: its rule, the rule's arguments in Settings, the first one's values in a sweep
     "q": (QExit, ["q"], [n / 20 for n in range(1, 21)]),
     "patience": (PatienceExit, ["patience", "tolerance"], list(range(1, 12))),
     "entropy": (EntropyExit, ["entropy"], [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]),
@@ -72,7 +72,7 @@ class Settings:
     save_every: int = setting(None, (1, 10**9), "steps between checkpoints, besides one an epoch")
     data_dir: str = setting(None, None, "folder with the GLUE files; without it they are downloaded")
     device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
-    precision: str = setting(None, ("float32", "bf16"), "without it bf16 where a GPU computes in it")
+    precision: str = setting(None, ("float32", "bf16"), "not given: bf16 on a GPU that has it, else float32")
     exit: str = setting("q", CRITERIA, "the exit whose dev score stops and selects")
     q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
@@ -157,7 +157,7 @@ def choose_device(name=None):
     rank, count, found = os.environ.get("LOCAL_RANK"), torch.cuda.device_count(), {"cpu": "cpu"}
     if rank is None:
         if torch.backends.mps.is_available():
-            found["mps"] = "mps"        # through which processes cannot talk
+            found["mps"] = "mps"        # not for torchrun, whose processes cannot talk through it
         found |= {f"cuda:{n}": f"cuda:{n}" for n in range(count)}
     if count > int(rank or 0):
         found["cuda"] = f"cuda:{rank or 0}"

@@ -29,7 +29,7 @@ class Tokenizer:
 
     def set_vocabulary(self, ids):
         """Takes the ids by piece. Raises ValueError where a special token has none."""
-        needed = self.special[:4]    # the fifth, for masked words, is not
+        needed = self.special[:4]    # the fifth, the mask, may be missing
         check(set(needed) <= set(ids), f"it lacks one of the pieces {', '.join(needed)}")
         self.cls_id, self.sep_id, self.pad_id, self.unk_id = [ids[piece] for piece in needed]
         self.pieces = {index: piece for piece, index in ids.items()}
@@ -107,7 +107,7 @@ class AlbertTokenizer(Tokenizer):
             self.files = {"spiece.model": Path(model_file).read_bytes()}
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
-            # SentencePiece's own ids are right but for these.
+            # Where one of these occurs, SentencePiece's own ids are not the slow tokenizer's.
             self.odd = {i for i, piece in self.pieces.items() if self.word_ids(piece) != [i]} | {self.unk_id}
 
     def texts_ids(self, texts):

@@ -5,7 +5,7 @@
     python train.py --task mrpc --grid --seeds 5
                   the paper's protocol: Table 4's grid, then 5 fresh seeds
     torchrun --nproc-per-node 2 train.py --task mrpc
-                  one run on two devices: one process's, but for other dropout
+                  one run on two devices; only dropout's draws differ
 
 A run is a folder under runs/: config.json, the tokenizer, model.safetensors
 (of the best epoch), run.json (settings, origin, versions, results),
@@ -141,7 +141,7 @@ class Training:
         autocast(self.device, settings.precision)       # refused before anything is read
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.step, self.best, self.best_epoch, self.waiting, self.made = 0, -math.inf, 0, [], False
-        self.log = open(os.devnull, "ab")               # but for rank 0
+        self.log = open(os.devnull, "ab")               # start() gives rank 0 a real one
 
     def start(self, folder):
         """Rank 0 alone: take the folder and save the first state of a run that begins -> the folder, and the
@@ -235,7 +235,7 @@ class Training:
             return {}
         values = torch.stack([torch.stack(list(parts.values())) for *_, parts in self.waiting])
         if self.world > 1:
-            dist.all_reduce(values)     # the shares' sum
+            dist.all_reduce(values)     # each process has its share
         for (line, rows, parts), numbers in zip(self.waiting, values.tolist()):
             parts = dict(zip(parts, numbers))
             self.write(line | parts)
@@ -421,7 +421,7 @@ def make_parser():
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
     group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with it [the newest]")
-    group.add_argument("--seeds", type=int, metavar="N", help="train N seeds; prints mean, std and median")
+    group.add_argument("--seeds", type=int, metavar="N", help="train N seeds, and print mean, std and median")
     group.add_argument("--grid", action="store_true", help="first search Table 4's grid for the best")
     group.add_argument("--dry-run", action="store_true", help="with these: print the commands that are left")
     return parser
