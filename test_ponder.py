@@ -2488,7 +2488,7 @@ BAD = {
         *[saved(code, zipped) for code in CODES for zipped in (True, False)],
         *[pickle.dumps(CODES[0], protocol) for protocol in range(6)]],
     "a.tar": [b"", b"x" * 2000, *[tar_of(entries) for entries in (
-        [], [("a/../../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
+        [], [("a/b", b"1"), ("a/../../../b", b"1")], [("b", b"1"), ("b/c", b"2")], [("b", {"size": 1 << 40})],
         [("b", b"1")] + [(str(i), FOLDER) for i in range(10000)], [("b", LONG_NAME)],
         [("b", LONG_NAME | {"type": tarfile.XHDTYPE})])]],
     "a.zip": [b"", b"x" * 600, zip_of([("a/b", b"d")])]}
