@@ -74,6 +74,11 @@ settings.register_profile("house", deadline=None)       # a busy machine is no f
 settings.load_profile("house")
 
 
+@pytest.fixture(autouse=True)
+def forget_folders():
+    glue.get_task.cache_clear()
+
+
 # ==== ponder.py: the method, against plain loops in float64 ====
 
 def plain_distribution(lam):
@@ -2062,6 +2067,7 @@ def test_a_folder_is_a_task_with_the_training_files_words_as_classes_sorted_or_w
     assert [row.label for row in glue.load(folder, "test")] == [2, 1, 0, 2]
     for split in ("train", "dev"):
         write_file(tmp_path, f"{split}.tsv", HEIGHTS)
+    glue.get_task.cache_clear()
     assert glue.load(folder, "dev") == [("a", "b", -1.5), ("c", "d", 70.0)]
     assert glue.get_task(folder).metrics == ("pearson", "spearman")
 
