@@ -109,8 +109,11 @@ def write_json(path, values):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that stands at `path`, whole and on the disk, once the block ends without an error; else
-    what stood there stays. InputError where the system refuses."""
-    path = Path(path)
+    what stood there stays. InputError where the system refuses, or no file stands there: root could replace
+    a device."""
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)       # a link stays one
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot write {path}: it is no file")
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
         with open(temporary, "wb") as file:
