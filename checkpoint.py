@@ -339,6 +339,8 @@ def read_torch(path):
     with guard(path, "file of torch.save"):
         # PyTorch would make a bytearray of any length for a pickle.
         check(map_file(path).find(b"bytearray") < 0, "it asks for more than tensors")
+        whole = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+        check(whole, "a checksum is wrong")         # which PyTorch does not compare
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True)
         except Exception as error:  # whose own reasons are long, and tell how to run the code in it
