@@ -198,6 +198,7 @@ class Training:
         limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log.stat().st_size}
         with guard(path, "state of this run"):
             saved = read_torch(path)
+            check(saved["run"] == run_name(self.settings), f"it is of {saved['run']}")
             for name, most in limits.items():
                 good = type(saved[name]) is int and 0 <= saved[name] <= most
                 check(good, f"{name} is {saved[name]}, expected 0 to {most}")
@@ -222,7 +223,8 @@ class Training:
             os.fsync(self.log.fileno())
             saved = {"model": self.model.state_dict(), "adam": self.optimizer.state_dict()["state"],
                      "step": self.step, "best": self.best, "best_epoch": self.best_epoch,
-                     "log_bytes": self.log.tell(), "seconds": time.time() - self.started}
+                     "log_bytes": self.log.tell(), "seconds": time.time() - self.started,
+                     "run": run_name(self.settings)}
             with atomic_write(self.folder / "resume.pt") as file:
                 torch.save(saved, file)
 
