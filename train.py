@@ -157,7 +157,7 @@ class Training:
         if values.get("finished"):
             (folder / "resume.pt").unlink(missing_ok=True)      # of a process that died at its end
             say(f"{folder} is finished already, nothing to do; give another --name to train it again")
-            return folder, values["dev"]
+            return folder, values.get("dev")
         if not values:
             origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
             _, self.model = make_model(settings, folder, examples)
@@ -343,8 +343,10 @@ def run(settings, folder=None):
     finally:
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
-    for name, result in results.items():
-        say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
+    with guard(training.folder / "run.json", "record of a run"):
+        check(settings.exit in results, f"no result by {settings.exit}")
+        for name, result in results.items():
+            say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
     return results
 
 
