@@ -171,9 +171,9 @@ class Training:
         return folder, None
 
     def close(self):
-        """Unlock the folder, and remove it if nothing came of it."""
+        """Unlock the folder, and remove it if nothing came of it, as where dev.tsv is damaged."""
         self.log.close()
-        if self.made and not (self.folder / "run.json").exists():
+        if self.made and self.step == 0:
             shutil.rmtree(self.folder)
             with contextlib.suppress(OSError):
                 RUNS.rmdir()            # unless other runs are there
