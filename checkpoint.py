@@ -115,8 +115,11 @@ def write_json(path, values):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that stands at `path`, whole and on the disk, once the block ends without an error; else
-    what stood there stays. InputError where the system refuses."""
-    path = Path(path)
+    what stood there stays. InputError where the system refuses, or no file stands there: root could replace
+    a device."""
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)       # a link stays one
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot write {path}: it is no file")
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
         with open(temporary, "wb") as file:
@@ -343,6 +346,8 @@ def read_torch(path):
     with guard(path, "file of torch.save"):
         # PyTorch would make a bytearray of any length for a pickle.
         check(map_file(path).find(b"bytearray") < 0, "it asks for more than tensors")
+        whole = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+        check(whole, "a checksum is wrong")         # which PyTorch does not compare
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True)
         except Exception as error:  # whose own reasons are long, and tell how to run the code in it

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -132,6 +133,8 @@ def explain(model, settings, tokenizer, criterion, text_a, text_b):
 def answer_file(model, settings, tokenizer, criterion, path, output, batch_size):
     """Label, probability and exit layer of each row of a file, in its order, CHUNK rows at a time"""
     task, started, done = get_task(settings.task), time.time(), 0
+    if output is not None and os.path.exists(output) and os.path.samefile(path, output):
+        raise InputError(f"--output {output}: it is the file of --input; give another")
     total = sum(1 for _ in read_inputs(path, settings.task))        # a bad row ends it before any work
     rows = read_inputs(path, settings.task)
     target = contextlib.nullcontext(sys.stdout.buffer) if output is None else atomic_write(Path(output))

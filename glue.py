@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import random
+import stat
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -145,6 +146,7 @@ def read_inputs(path, task):
     """Yields an unlabelled Example for each row of a file of any size with the columns `sentence`, or
     `sentence1` and `sentence2`. InputError if a row lacks a text, because each must get its answer."""
     with guard(path, "TSV file"):
+        check(stat.S_ISREG(os.stat(path).st_mode), "it is no file, which can be read twice")
         header, rows = open_table(path)
         places = find_columns(header, PAIR if get_task(task).pair else SINGLE)
         for number, fields in rows:

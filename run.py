@@ -76,7 +76,7 @@ class Settings:
     exit: str = setting("q", CRITERIA, "the exit whose dev score stops and selects")
     q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
-    prior: float = setting(0.1, (1e-9, 1 - 1e-9), "lambda of the geometric prior (section 4.5)")
+    prior: float = setting(0.1, (1e-6, 1 - 1e-6), "lambda of the geometric prior (section 4.5)")
     cut: float = setting(0.05, (0, 0.99), "what is left of p where it is cut (section 3); 0: no cut")
     lambda_layers: int = setting(3, (1, 3), "layers of the Lambda head (section 3.2)")
     lambda_input: str = setting("concat", ("current", "concat"), "h_i, or h_i and h_{i-1} (section 3.2)")

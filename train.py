@@ -156,7 +156,7 @@ class Training:
         if values.get("finished"):
             (folder / "resume.pt").unlink(missing_ok=True)      # of a process that died at its end
             say(f"{folder} is finished already, nothing to do; give another --name to train it again")
-            return folder, values["dev"]
+            return folder, values.get("dev")
         if not values:
             origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
             _, self.model = make_model(settings, folder, examples)
@@ -170,9 +170,9 @@ class Training:
         return folder, None
 
     def close(self):
-        """Unlock the folder, and remove it if nothing came of it."""
+        """Unlock the folder, and remove it if nothing came of it, as where dev.tsv is damaged."""
         self.log.close()
-        if self.made and not (self.folder / "run.json").exists():
+        if self.made and self.step == 0:
             shutil.rmtree(self.folder)
             with contextlib.suppress(OSError):
                 RUNS.rmdir()            # unless other runs are there
@@ -196,6 +196,7 @@ class Training:
         limits = {"step": self.total, "best_epoch": self.settings.epochs, "log_bytes": log.stat().st_size}
         with guard(path, "state of this run"):
             saved = read_torch(path)
+            check(saved["run"] == run_name(self.settings), f"it is of {saved['run']}")
             for name, most in limits.items():
                 good = type(saved[name]) is int and 0 <= saved[name] <= most
                 check(good, f"{name} is {saved[name]}, expected 0 to {most}")
@@ -220,7 +221,8 @@ class Training:
             os.fsync(self.log.fileno())
             saved = {"model": self.model.state_dict(), "adam": self.optimizer.state_dict()["state"],
                      "step": self.step, "best": self.best, "best_epoch": self.best_epoch,
-                     "log_bytes": self.log.tell(), "seconds": time.time() - self.started}
+                     "log_bytes": self.log.tell(), "seconds": time.time() - self.started,
+                     "run": run_name(self.settings)}
             with atomic_write(self.folder / "resume.pt") as file:
                 torch.save(saved, file)
 
@@ -334,8 +336,10 @@ def run(settings, folder=None):
     finally:
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
-    for name, result in results.items():
-        say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
+    with guard(training.folder / "run.json", "record of a run"):
+        check(settings.exit in results, f"no result by {settings.exit}")
+        for name, result in results.items():
+            say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
     return results
 
 
