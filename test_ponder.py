@@ -583,7 +583,6 @@ def names_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-CPU = torch.device("cpu")
 CRITERIA = {"palbert": ("q", "sample", "expectation", "last"), "pondernet": ("sample", "q"),
             "berxit": ("learned",), "pabee": ("patience", "entropy"), "finetune": ("last",)}
 
@@ -656,8 +655,8 @@ TRAIN_FLAGS = [
     ("--name=", "--name"), ("--name ..", "--name"), ("--resume", "no run"), ("--resume no", "no run 'no'"),
     ("--resume x --lr 1", "--resume")]
 EVAL_FLAGS = [
-    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--exit no", "--exit no"), ("--plot x", "--plot"),
-    ("--batch-size x", "--batch-size"), ("--precision fp8", "--precision fp8"), ("--device tpu", "tpu: expected"),
+    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--exit no", "--exit no"), ("--plot x", "--pl"),
+    ("--batch-size x", "--batch-size"), ("--precision fp8", "--precision fp8"), ("--device tpu", "tpu"),
     ("--run x --plot q", "--run does nothing"), ("--sweep --bench", "--bench does nothing beside --sweep"),
     ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
     ("--sweep --q 0.3", "--q does nothing"), ("--output x", "with --input"), ("--text-b x", "with --text"),
@@ -791,7 +790,7 @@ def test_samplings_dev_score_is_the_mean_of_20_draws_and_the_log_says_so(rte, ca
     said = capsys.readouterr().err
     assert "by sample exit, mean of 20 draws, at layer" in said and "step 1 of at most 12:" in said
     assert f"the best epoch was {run_json('x')['best_epoch']}, " in said
-    settings_, tokenizer, model = run_module.load_run("runs/x", CPU)
+    settings_, tokenizer, model = run_module.load_run("runs/x", "cpu")
     inputs, labels = run_module.read_split(settings_, tokenizer, "dev")
     logits, lam = run_module.all_layers(model, inputs)
     rules = [SampleExit(torch.Generator().manual_seed(seed)) for seed in range(20)]
@@ -850,39 +849,24 @@ def test_nohup_keeps_its_meaning():
     assert caught == [] and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
-@pytest.fixture
-def stopped(rte, here):
-    """runs/x, stopped after step 6 of 12"""
-    train_until(6, *rte, "--save-every", "1", "--name", "x")
-    return here / "runs" / "x"
-
-
 @pytest.mark.parametrize("place, value", [
     (("adam", 0, "exp_avg"), torch.zeros(1)), (("adam", 1, "step"), torch.zeros(2)), (("adam",), {}),
     (("adam", 0, "exp_avg_sq"), None), (("adam", 0), None), (("adam",), 7), (("model",), 7),
     (("model", "classifier.bias"), torch.zeros(1)), (("model", "classifier.bias"), None),
     (("model", "x"), torch.ones(1)), (("step",), -1), (("step",), 10**9), (("step",), True),
     (("best_epoch",), 4), (("best",), "high"), (("log_bytes",), 10**9), (("seconds",), None)])
-def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(place, value, stopped):
-    saved = torch.load(stopped / "resume.pt")
+def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(place, value, rte, here):
+    train_until(6, *rte, "--save-every", "1", "--name", "x")
+    saved = torch.load(here / "runs/x/resume.pt")
     *outer, key = place
     inside = functools.reduce(lambda values, name: values[name], outer, saved)
     inside[key] = value
     if value is None:
         del inside[key]
-    torch.save(saved, stopped / "resume.pt")
-    before = files_of(stopped)
+    torch.save(saved, here / "runs/x/resume.pt")
+    before = files_of(here / "runs/x")
     assert "resume.pt: not a whole state of this run" in refusal("--resume", "x")
-    assert files_of(stopped) == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_nothing_stays_mapped_that_is_about_to_be_replaced(stopped, here, monkeypatch):
-    real, maps = train.atomic_write, []
-    monkeypatch.setattr(train, "atomic_write", lambda path: (
-        maps.append(Path("/proc/self/maps").read_text()), real(path))[1])
-    train.main(["--resume", "x"])
-    assert maps and str(here) not in "".join(maps)
+    assert files_of(here / "runs/x") == before
 
 
 def test_two_runs_that_start_at_once_have_two_folders_and_one_in_training_is_refused(rte, here):
@@ -897,23 +881,28 @@ def test_two_runs_that_start_at_once_have_two_folders_and_one_in_training_is_ref
 
 # ---- a run is what it says ----
 
-def save_pretrained(folder, tokenizer, kind="Albert", seed=0, **more):
-    """A small encoder with random weights and this tokenizer, as transformers saves it"""
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=64, **more)
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
-    tokenizer.save(folder)
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory, albert_folder, roberta_folder):
+    """A folder with small random ALBERTs in a/500 and b/500, RoBERTa in r/500, as transformers saves them"""
+    root = tmp_path_factory.mktemp("encoders")
+    for name, kind, folder in (("a", transformers.AlbertModel, albert_folder),
+                               ("b", transformers.AlbertModel, albert_folder),
+                               ("r", transformers.RobertaModel, roberta_folder)):
+        tokenizer = text_module.load_tokenizer(folder)
+        config = kind.config_class(
+            vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=140)
+        kind(config).save_pretrained(root / name / "500")
+        tokenizer.save(root / name / "500")
+    return root
 
 
 @pytest.fixture
-def pretrained(rte, here, albert_folder):
-    """Flags for the small RTE with pretrained weights in a/checkpoint-500; b/checkpoint-500 has others"""
-    for name, seed in (("a", 0), ("b", 1)):
-        save_pretrained(here / name / "checkpoint-500", text_module.load_tokenizer(albert_folder), seed=seed)
-    shutil.copytree(rte[-1], here / "glue")             # which a test may change
-    return [*rte, "--model", "a/checkpoint-500", "--data-dir", "glue"]
+def pretrained(rte, here, encoders):
+    """Flags for the small RTE and pretrained weights, in files that a test may change"""
+    shutil.copytree(encoders, here, dirs_exist_ok=True)
+    shutil.copytree(rte[-1], here / "glue")
+    return [*rte, "--model", "a/500", "--data-dir", "glue"]
 
 
 def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pretrained, here, capsys):
@@ -930,7 +919,7 @@ def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pre
         file.write("1\ta\tb\tentailment\n")
     # The name of a run has neither its data nor more than the last part of the model's path.
     for flags, end in ((["--data-dir", "other"], f"{name}-2"), (["--lr", "1"], ""),
-                       (["--model", "b/checkpoint-500"], f"{name}-2")):
+                       (["--model", "b/500"], f"{name}-2")):
         sentence = refusal(*pretrained, *flags, "--name", name)
         assert "holds a run with other settings, data or model" in sentence, flags
         train.main([*pretrained, *flags, "--seeds", "1", "--dry-run"])
@@ -939,7 +928,12 @@ def test_a_finished_run_is_reused_only_with_the_same_settings_data_and_model(pre
     assert names_of(here / "runs") == [name, f"{name}-2"]
 
 
-def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here):
+def test_resume_needs_the_same_data_no_pretrained_model_and_maps_nothing_that_it_replaces(
+        pretrained, here, monkeypatch):
+    def write(path, real=train.atomic_write, maps=Path("/proc/self/maps")):
+        assert not maps.exists() or str(here) not in maps.read_text()
+        return real(path)
+
     train_until(6, *pretrained, "--name", "x")
     shutil.rmtree(here / "a")
     path = here / "glue/RTE/train.tsv"
@@ -947,30 +941,29 @@ def test_resume_needs_the_same_data_and_no_pretrained_model(pretrained, here):
     path.write_text(kept[:-20] + "\n")
     assert "files have changed" in refusal("--resume", "x")
     path.write_text(kept)
+    monkeypatch.setattr(train, "atomic_write", write)
     train.main(["--resume", "x"])
     assert run_json("x")["finished"]
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--model c", "spiece.model"), ("--model glue", "weights"), ("--data-dir a", "--data-dir"),
-    ("--layers 30 --model r", "--layers 30"), ("--model bert-base", "albert-base-v2"), ("--task ax", "tra")])
-def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here, roberta_folder):
-    shutil.copytree(here / "a/checkpoint-500", here / "c")
-    (here / "c/spiece.model").unlink()
+    ("--model b/500", "spiece.model"), ("--model glue", "weights"), ("--data-dir a", "--data-dir"),
+    ("--layers 30 --model r/500", "--layers 30"), ("--max-length 139 --model r/500", "more than 138 tokens"),
+    ("--model bert-base", "albert-base-v2"), ("--task ax", "train")])
+def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here):
+    (here / "b/500/spiece.model").unlink()
     (here / "glue/AX.tsv").touch()
-    save_pretrained(here / "r", text_module.load_tokenizer(roberta_folder), "Roberta", type_vocab_size=1)
-    assert words in refusal(*pretrained, *flags.split())
-    assert not (here / "runs").exists()
+    assert words in refusal(*pretrained, *flags.split()) and not (here / "runs").exists()
 
 
-def test_a_model_may_be_another_runs_encoder(rte, here):
-    train.main([*rte, "--name", "one"])
-    settings_ = run_module.make_settings(task="rte", model="runs/one", method="finetune")
+def test_a_model_may_be_another_runs_encoder(rte, here, trained):
+    one = trained / "runs/stsb-palbert"
+    settings_ = run_module.make_settings(task="rte", model=str(one), method="finetune")
     _, model = run_module.make_model(settings_, here, [])
-    weights = read_safetensors(here / "runs/one/model.safetensors")
+    weights = read_safetensors(one / "model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
-    train.main([*rte, "--model", "runs/one", "--name", "two"])
+    train.main([*rte, "--model", str(one), "--name", "two"])
     assert run_json("two")["model"].keys() == {"config.json", "model.safetensors"}
 
 
@@ -1030,22 +1023,17 @@ def test_ctrl_c_under_torchrun_saves_the_step_of_all_and_resume_goes_on_to_the_s
 
 # ---- pretrained weights and the README's commands ----
 
-@pytest.mark.parametrize("kind, path", [("Albert", "a"), ("Albert", "a/model.safetensors"), ("Roberta", "a")])
-def test_pretrained_weights_are_fine_tuned_on_a_task_with_two_dev_sets(
-        kind, path, here, albert_folder, roberta_folder):
-    special = {"max_position_embeddings": 140, "type_vocab_size": 1} if kind == "Roberta" else {}
-    tokenizer = text_module.load_tokenizer(roberta_folder if kind == "Roberta" else albert_folder)
-    save_pretrained(here / "a", tokenizer, kind, **special)
+@pytest.mark.parametrize("path, kind", [
+    ("a/500", "albert"), ("a/500/model.safetensors", "albert"), ("r/500", "roberta")])
+def test_pretrained_weights_are_fine_tuned_on_a_task_with_two_dev_sets(path, kind, here, encoders):
     glue_folder(here / "data", [("MNLI/test_matched", 5), ("MNLI/test_mismatched", 5)])
-    flags = ["--task", "mnli", "--model", path, "--data-dir", "data", "--device", "cpu", "--max-steps", "2"]
-    train.main([*flags, "--name", "x"])
+    train.main(["--task", "mnli", "--model", f"{encoders}/{path}", "--data-dir", "data", "--device", "cpu",
+                "--max-steps", "2", "--name", "x"])
     values, logged = run_json("x"), log_of("x")[-1]["dev"]["metrics"]
     score, metrics = values["dev"]["q"]["score"], values["dev"]["q"]["metrics"]
     assert metrics.keys() == logged.keys() == {"dev_matched", "dev_mismatched"}
     assert score == pytest.approx(np.mean([each["accuracy"] for each in metrics.values()]))
-    assert values["encoder"] == kind.lower()
-    if kind == "Roberta":
-        assert "no more than 138 tokens" in refusal(*flags, "--max-length", "139")
+    assert values["encoder"] == kind
 
 
 def readme_commands():
@@ -1194,7 +1182,7 @@ def test_a_file_gets_the_answers_of_predict_many_in_its_order_in_any_chunks(runs
     examples, file, answers = glue.load("parity", "dev")[:20], here / "in.tsv", here / "out.tsv"
     lines = [f"{a}\tnote {label}\t{b}\n" for a, b, label in examples]
     file.write_text("".join(["sentence1\tnote\tsentence2\n", *lines]))
-    _, tokenizer, model = run_module.load_run(runs / "pabee", CPU)
+    _, tokenizer, model = run_module.load_run(runs / "pabee", "cpu")
     inputs = tokenizer.encode_all(examples)
     entropies = torch.special.entr(run_module.all_layers(model, inputs)[0][:, 0].softmax(1)).sum(1)
     threshold = round(entropies.median().item(), 7)                 # about half of the rows leave at layer 1
