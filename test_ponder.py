@@ -139,9 +139,11 @@ def test_every_loss_equals_a_plain_loop_that_weights_each_row_and_layer_before_a
         losses, right = -scipy.special.log_softmax(z, 2)[range(len(z)), :, y], z.argmax(2) == y[:, None]
     bound = [plain_elbo(*row, prior.tolist(), beta, cut) for row in zip(losses, lam)]
     pabee = np.average(losses, axis=1, weights=range(1, lam.shape[1] + 1))
+    finetune = run_module.make_settings(method="finetune")
     task, certainty = losses.sum(1), ((lam - right) ** 2).sum(1)
     for (found, parts), want in ((elbo_loss(*data, prior, beta, cut), np.transpose(bound)),
                                  (layer_weighted_loss(data[0], data[2]), [pabee, pabee]),
+                                 (train.loss_of(finetune, *data, prior), [losses[:, -1]] * 2),
                                  (berxit_loss(*data), [task + certainty, task, certainty])):
         np.testing.assert_allclose([found, *parts.values()], np.mean(want, 1), rtol=1e-6, atol=1e-6)
 
@@ -655,7 +657,7 @@ TRAIN_FLAGS = [
     ("--name=", "--name"), ("--name ..", "--name"), ("--resume", "no run"), ("--resume no", "no run 'no'"),
     ("--resume x --lr 1", "--resume")]
 EVAL_FLAGS = [
-    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--exit no", "--exit no"), ("--plot x", "--pl"),
+    ("--q 1.5", "--q 1.5: expected"), ("--q nan", "--q nan"), ("--exit no", "--exit"), ("--plot x", "--plot"),
     ("--batch-size x", "--batch-size"), ("--precision fp8", "--precision fp8"), ("--device tpu", "tpu"),
     ("--run x --plot q", "--run does nothing"), ("--sweep --bench", "--bench does nothing beside --sweep"),
     ("--text a --json", "--json does nothing"), ("--bench --text a", "--bench does nothing beside --text"),
