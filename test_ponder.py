@@ -834,6 +834,7 @@ def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bit
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     train.main([*rte, "--name", "whole"])
     for how, step in zip(before, (4, 3, 11)):           # with the last of an epoch, and of all
+        signal.signal(how, signal.default_int_handler)  # it may be ignored, as SIGHUP under nohup
         ended = train_until(step, *rte, "--name", how.name, act=lambda: signal.raise_signal(how))
         signal.raise_signal(how)                        # a second one does not cut the end short
         for number, handler in before.items():
