@@ -325,7 +325,8 @@ def test_every_way_to_predict_equals_the_rule_on_forward_at_any_batch_and_paddin
         assert found_layers.tolist() == layers.tolist(), n
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
         if way != "predict":
-            assert [len(x) for x in answer(way, model, [], rule(argument), n)] == [0, 0], n
+            nothing = answer(way, model, [], rule(argument), n)
+            assert [x.shape for x in nothing] == [(0, model.num_labels), (0,)], n
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -1378,7 +1379,10 @@ def test_a_damaged_run_folder_is_one_sentence_and_an_unfinished_one_is_said_to_b
         cases.append(("run.json", kept["run.json"].replace(b'"clip"', wrong + b', "clip"')))
     for name, bad in cases:
         (good / name).unlink() if bad is None else (good / name).write_bytes(bad)
-        refusal("--run", str(good), "--device", "cpu", command=evaluation)
+        try:
+            refusal("--run", str(good), "--device", "cpu", command=evaluation)
+        except pytest.fail.Exception as accepted:
+            pytest.fail(f"{name} as {bad and bad[:200]}: {accepted}")
         (good / name).write_bytes(kept[name])
     (good / "run.json").write_bytes(kept["run.json"].replace(b'"finished": true', b'"finished": false'))
     assert "good, UNFINISHED, " in asked(capsys, "--run", good).splitlines()[0]
