@@ -328,7 +328,7 @@ def draw_curves(axis, members, kind):
                 axis.plot(row[x], row["score"], "ko", fillstyle="none", markersize=9, label="q = 0.5, t = 6")
     if "finetune" in members:
         values = [run.score for run in members["finetune"]]
-        axis.axhline(statistics.mean(values), color="k", ls="--", lw=1, label=f"plain, n = {len(values)}")
+        axis.axhline(statistics.mean(values), color="k", ls="--", lw=1, label="plain model")
     if kind == "speedup":
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
