@@ -432,3 +432,6 @@ def run_main(main):
         sys.exit("error: the device's memory does not suffice; try a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():      # left to Python's end, its threads sometimes abort it
+            torch.distributed.destroy_process_group()

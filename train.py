@@ -12,7 +12,6 @@ A run is a folder under runs/: config.json, the tokenizer, model.safetensors
 metrics.jsonl, and resume.pt while it is unfinished.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -456,7 +455,6 @@ def main(argv=None):
     if "LOCAL_RANK" in os.environ:      # by torchrun; what the host decides goes by gloo, without a GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
-        atexit.register(dist.destroy_process_group)
     folder = None
     if resume is not None:
         folder = on_rank_0(lambda: find_run(resume or None, unfinished=True))
