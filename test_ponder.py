@@ -1232,7 +1232,7 @@ PALBERT = "rte-palbert-minilm-prior0.2-lr3e-05-lambda_lr3e-05-epochs5-seed{}.jso
 
 @pytest.fixture
 def results(here):
-    """The repository's results from a GPU, as if they were ALBERT's, and five more files, two of them damaged"""
+    """The GPU's files of results/, as if they were ALBERT's, and five more, two of them damaged"""
     folder = here / "results"
     folder.mkdir()
     for path in set((HERE / "results").iterdir()) - set((HERE / "results").glob("*precisionbf16*")):
