@@ -420,6 +420,10 @@ def run_main(main):
     try:
         main()
         sys.stdout.flush()
+        if torch.distributed.is_initialized():
+            # A thread of it may still hold a tensor, and would abort a Python that has ended meanwhile.
+            torch.distributed.destroy_process_group()
+            os._exit(0)
     except BrokenPipeError:
         for number in (1, 2):                   # Python flushes both once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -432,6 +436,3 @@ def run_main(main):
         sys.exit("error: the device's memory does not suffice; try a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():      # left to Python's end, its threads sometimes abort it
-            torch.distributed.destroy_process_group()
