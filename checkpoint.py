@@ -115,11 +115,11 @@ def write_json(path, values):
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that stands at `path`, whole and on the disk, once the block ends without an error; else
-    what stood there stays. InputError where the system refuses, or no file stands there: root could replace
-    a device."""
+    what stood there stays. InputError where the system refuses, or where a folder or a device stands, which
+    root could replace."""
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)       # a link stays one
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"cannot write {path}: it is no file")
+        raise InputError(f"cannot write {path}: it is no file; give another path")
     temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left goes too
     try:
         with open(temporary, "wb") as file:
@@ -346,8 +346,9 @@ def read_torch(path):
     with guard(path, "file of torch.save"):
         # PyTorch would make a bytearray of any length for a pickle.
         check(map_file(path).find(b"bytearray") < 0, "it asks for more than tensors")
-        whole = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
-        check(whole, "a checksum is wrong")         # which PyTorch does not compare
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:      # whose checksums PyTorch does not compare
+                check(archive.testzip() is None, "a checksum is wrong")
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True)
         except Exception as error:  # whose own reasons are long, and tell how to run the code in it

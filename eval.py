@@ -214,8 +214,8 @@ FLAGS = {       # flag: what it takes, the uses of the command that read it, wha
 
 
 def parse_flags(argv):
-    """-> the use of the command, and {flag: value} of those given. InputError for a flag that this use does
-    not read and for a value out of its range, before anything is looked for."""
+    """Returns the use of the command, and {flag: value} of those given. InputError for a flag that this use
+    does not read and for a value out of its range, before anything is looked for."""
     parser = Parser("eval.py", __doc__)
     for name, (kind, _, meaning) in FLAGS.items():
         more = {"choices": kind} if kind == paper.FIGURES else {"type": kind, "metavar": "X"}
@@ -225,9 +225,10 @@ def parse_flags(argv):
     given = vars(parser.parse_args(argv))
     use = next((name for name in FLAGS if name in given and FLAGS[name][1] == name), "report")
     for name in given:
-        others = " or ".join(flag(other) for other in FLAGS[name][1].split())
-        where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
-        if use not in FLAGS[name][1].split():
+        uses = FLAGS[name][1].split()
+        if use not in uses:
+            others = " or ".join(map(flag, uses))
+            where = f"beside {flag(use)}" if use != "report" else f"alone; give it with {others}"
             raise InputError(f"{flag(name)} does nothing {where}")
     names = {field.name for field in dataclasses.fields(Settings)}
     make_settings(**{name: value for name, value in given.items() if name in names})

@@ -88,7 +88,7 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
 class Places:
     """A batch that is kept full: each place has a row at a layer of its own, and a row that stops frees it.
     A step is the same work for every place, so its shape depends on T alone, the longest row in steps of 16.
-    On CUDA a shape that keeps coming is recorded as a graph, because its seventy kernels take the host longer
+    On CUDA a shape that keeps coming is recorded as a graph, because its sixty kernels take the host longer
     to start than the device to run. Within the step the next rows of the queue take the free places."""
 
     def __init__(self, model, inputs, rows, rule, state, size, answers, layers):
@@ -100,8 +100,8 @@ class Places:
         self.rows = torch.cat([rows, torch.full_like(rows[:1], self.N)])    # (N+1,)
         self.state = [torch.cat([s, s[:1]]) for s in state]
         # The places: where their rows stand in the queue, the layers they have reached, and the outputs.
-        self.at = torch.arange(size, device=device)             # (n,)
-        self.depth = torch.zeros_like(self.at)                  # (n,)
+        self.position = torch.arange(size, device=device)             # (n,)
+        self.depth = torch.zeros_like(self.position)                  # (n,)
         self.h = answers.new_zeros(size, self.widths[0], encoder.hidden_size)
         self.pooled = torch.zeros_like(self.h[:, 0])            # (n,H)
         self.uses, self.graphs = collections.Counter(), {}
@@ -111,12 +111,12 @@ class Places:
         first = 0
         while first < self.N:
             self.launch(self.widths[first])         # the longest row that has a place
-            first = min(self.at.tolist())           # nowhere else does the host wait for the device
+            first = min(self.position.tolist())           # nowhere else does the host wait for the device
 
     def launch(self, T):
         """Starts one step."""
         self.uses[T] += 1
-        if self.at.device.type != "cuda" or self.uses[T] < 4:   # recording takes as long as some steps
+        if self.position.device.type != "cuda" or self.uses[T] < 4:   # recording takes as long as some steps
             return self.step(T)
         if T not in self.graphs:
             self.graphs[T] = record(lambda: self.step(T))
@@ -124,26 +124,26 @@ class Places:
 
     def step(self, T):
         """All rows go one layer on; those that stop are answered and give their places to the next."""
-        encoder, at, i = self.model.encoder, self.at, self.depth + 1
-        new = self.depth == 0                                   # (n,) as at and i
-        ids, mask, segments = (x[at, :T] for x in self.batch)   # (n,T)
+        encoder, position, i = self.model.encoder, self.position, self.depth + 1
+        new = self.depth == 0                                   # (n,) as position and i
+        ids, mask, segments = (x[position, :T] for x in self.batch)   # (n,T)
         h = torch.where(new[:, None, None], encoder.embed(ids, segments), self.h[:, :T])
         h = encoder.layer(1, h, mask)                           # (n,T,H) all layers are this one
         pooled = encoder.pool(h)                                # (n,H)
         previous = torch.where(new[:, None], 0, self.pooled)
         logits, lam = self.model.heads(i, pooled, previous)     # (n,C), (n,)
-        state, done = self.rule.step(tuple(s[at] for s in self.state), i, lam, logits)
+        state, done = self.rule.step(tuple(s[position] for s in self.state), i, lam, logits)
         stop = done | (i == self.model.num_layers)
-        target = torch.where(stop, self.rows[at], self.N)
+        target = torch.where(stop, self.rows[position], self.N)
         self.answers.index_copy_(0, target, logits.to(self.answers.dtype))
         self.layers.index_copy_(0, target, i)
         for old, now in zip(self.state, state):
-            old.index_copy_(0, at, now.to(old.dtype))
+            old.index_copy_(0, position, now.to(old.dtype))
         self.h[:, :T] = h
         self.pooled.copy_(pooled)
         self.depth.copy_(torch.where(stop, 0, i))
-        following = at.max() + stop.cumsum(0)                   # (n,) a row for each free place
-        at.copy_(torch.where(stop, following.clamp(max=self.N), at))
+        following = position.max() + stop.cumsum(0)                   # (n,) a row for each free place
+        position.copy_(torch.where(stop, following.clamp(max=self.N), position))
 
 
 def record(work):

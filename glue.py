@@ -55,9 +55,9 @@ TASKS = {task.name: task for task in (
 
 @functools.cache            # a folder's training file is read once, and what it says stays
 def get_task(name):
-    """-> the Task of a name in TASKS, or of a folder of own data: train.tsv, dev.tsv, perhaps test.tsv, with
-    columns `sentence`, or `sentence1` and `sentence2`, and `label` (the words in train.tsv, sorted, are the
-    classes) or `score` (a number)."""
+    """Returns the Task of a name in TASKS, or of a folder of own data: train.tsv, dev.tsv, perhaps test.tsv,
+    with columns `sentence`, or `sentence1` and `sentence2`, and `label` (the words in train.tsv, sorted, are
+    the classes) or `score` (a number)."""
     if name in TASKS:
         return TASKS[name]
     splits = tuple(split for split in SPLITS if os.path.isfile(f"{name}/{split}.tsv"))
@@ -85,7 +85,7 @@ def read_fields(path):
 
 
 def open_table(path, header=None):
-    """-> the header, which is the first line unless given, and the rows, as (line number, fields).
+    """Returns the header, which is the first line unless given, and the rows, as (line number, fields).
     An empty line is no row, but in a table of one column it is an empty text."""
     rows = read_fields(path)
     if header is None:
@@ -94,13 +94,13 @@ def open_table(path, header=None):
 
 
 def find_columns(header, names):
-    """-> the place of each name in the header. ValueError if one is not there."""
+    """Returns the place of each name in the header. ValueError if one is not there."""
     check(set(names) <= set(header), f"its columns are {', '.join(header)}, expected {', '.join(names)}")
     return [header.index(name) for name in names]
 
 
 def read_label(task, word, line):
-    """-> the class index or the number that a word stands for. ValueError if there is none."""
+    """Returns the class index or the number that a word stands for. ValueError if there is none."""
     with contextlib.suppress(ValueError):
         value = task.labels.index(word) if task.labels else float(word)
         if math.isfinite(value) and (task.name != "stsb" or 0 <= value <= 5):
@@ -110,7 +110,7 @@ def read_label(task, word, line):
 
 
 def read_split(task, split, path, ids_path=None):
-    """-> the Examples of a file, as load() says; with ids_path, the file is MRPC's raw training set."""
+    """Returns the Examples of a file, as load() says; with ids_path, the file is MRPC's raw training set."""
     has_header = task.name != "cola" or split == "test"
     header, rows = open_table(path, None if has_header else ["source", "label", "mark", "sentence"])
     if ids_path:
@@ -134,7 +134,7 @@ def read_split(task, split, path, ids_path=None):
 
 
 def select_mrpc(rows, split, ids_path):
-    """-> the rows of MRPC's raw training file in dev (whose two ids are listed) or train (the others)."""
+    """Returns the rows of MRPC's raw training file in dev, whose ids are listed, or in train, the others."""
     dev_ids = {tuple(fields) for _, fields in open_table(ids_path, ["#1 ID", "#2 ID"])[1]}
     marked = [(tuple(row[1][1:3]) in dev_ids, row) for row in rows]
     found, listed = sum(is_dev for is_dev, _ in marked), len(dev_ids)
@@ -146,7 +146,7 @@ def read_inputs(path, task):
     """Yields an unlabelled Example for each row of a file of any size with the columns `sentence`, or
     `sentence1` and `sentence2`. InputError if a row lacks a text, because each must get its answer."""
     with guard(path, "TSV file"):
-        check(stat.S_ISREG(os.stat(path).st_mode), "it is no file, which can be read twice")
+        check(stat.S_ISREG(os.stat(path).st_mode), "a pipe or device, but it is read twice: write a file")
         header, rows = open_table(path)
         places = find_columns(header, PAIR if get_task(task).pair else SINGLE)
         for number, fields in rows:
@@ -176,9 +176,9 @@ DOWNLOADS = {
 
 
 def load(task, split, data_dir=None):
-    """-> the Examples of one split in the file's order. Without `data_dir`, GLUE's files are downloaded once
-    into the cache. A row with too few fields, or in a labelled split with too many or no label, is dropped,
-    and stderr says how many."""
+    """Returns the Examples of one split in the file's order. Without `data_dir`, GLUE's files are downloaded
+    once into the cache. A row with too few fields, or in a labelled split with too many or no label, is
+    dropped, and stderr says how many."""
     task = get_task(task)
     if split not in task.splits:
         raise InputError(f"{task.name} has no split {split!r}: its splits are {', '.join(task.splits)}")
@@ -193,14 +193,14 @@ def load(task, split, data_dir=None):
 
 
 def sources(task, data_dir=None):
-    """-> the files from which a run is made: those that load() reads for all splits but the test's."""
+    """Returns the files from which a run is made: those that load() reads for all splits but the test's."""
     task = get_task(task)
     splits = [split for split in task.splits if not split.startswith("test")]
     return list(dict.fromkeys(path for split in splits for path in find_files(task, split, data_dir)))
 
 
 def find_files(task, split, data_dir):
-    """-> the file of a split, and MRPC's dev ids where the split is made from the raw file; [] for none."""
+    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file; [] for none."""
     if task.name == "parity":
         return []    # it is made, not read
     if task.name not in TASKS:
@@ -253,7 +253,7 @@ VERBS = ("sleeps runs sings waits jumps laughs eats reads swims dreams works hid
 
 
 def parity(split):
-    """-> a split of PonderNet's parity experiment, as sentence pairs: text_b is text_a under k = 0..3
+    """Returns a split of PonderNet's parity experiment, as sentence pairs: text_b is text_a under k = 0..3
     nested negations, mixed with neutral phrases; the label is 1 ("same") where k is even. Half the rows have
     each label, and no pair occurs twice in the three splits."""
     draw, examples = random.Random(0), {}    # a dict keeps the order, and each example once
@@ -275,7 +275,7 @@ def parity(split):
 
 
 def negations(text_b):
-    """-> k, the number of parity()'s negating phrases in the text."""
+    """Returns k, the number of parity()'s negating phrases in the text."""
     return sum(text_b.count(phrase) for phrase in NEGATING)
 
 
@@ -298,7 +298,7 @@ def answers(logits):
 
 
 def score(task, predictions, labels):
-    """-> the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set),
+    """Returns the task's metrics and "score", their mean, which is the paper's number (mnli: of one dev set),
     times 100. A metric is 0 where scikit-learn or SciPy give NaN (constant input, one row)."""
     task = get_task(task)
     predictions, labels = as_numbers(task, predictions), as_numbers(task, labels)
@@ -320,7 +320,7 @@ def as_numbers(task, values):
 
 
 def metric(name, x, y):
-    """-> the metric of predictions x and labels y (N,), at most 1; f1 of class 1."""
+    """Returns the metric of predictions x and labels y (N,), at most 1; f1 of class 1."""
     if name == "accuracy":
         return (x == y).mean()
     if name == "f1":
@@ -334,7 +334,7 @@ def metric(name, x, y):
 
 
 def rank(x):
-    """-> the rank of each value; equal values share the mean of their ranks."""
+    """Returns the rank of each value; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

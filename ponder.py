@@ -217,16 +217,17 @@ def exit_layers(rule, logits, lam):
 
 class LambdaHead(nn.Module):
     """lam_i = sigmoid(MLP([h_i, h_{i-1}]))   (section 3.2), on tanh-pooled first tokens; gives lam_i's logit.
-    As published, num_layers=3 is three Linear(n,n) with tanh before the Linear(n,1), and 1 that one alone.
-    n is 2H; without concat only h_i is read (PonderNet) and n is H. The last bias starts at logit(prior), so
+    As published, num_layers=3 is three Linear(W,W) with tanh before the Linear(W,1), and 1 that one alone.
+    W is 2H; without concat only h_i is read (PonderNet) and W is H. The last bias starts at logit(prior), so
     p starts near the prior, where no layer is cut off from the gradient."""
 
     def __init__(self, hidden_size, num_layers=3, concat=True, prior=0.1, dropout=0.1):
         super().__init__()
-        n = 2 * hidden_size if concat else hidden_size
+        width = 2 * hidden_size if concat else hidden_size
         self.concat, self.dropout = concat, dropout
-        self.hidden = nn.ModuleList(nn.Linear(n, n) for _ in range(num_layers if num_layers > 1 else 0))
-        self.last = nn.Linear(n, 1)
+        layers = num_layers if num_layers > 1 else 0
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.last = nn.Linear(width, 1)
         for linear in self.hidden:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -256,11 +257,11 @@ class Ponder(nn.Module):
             raise ValueError(f"found {self.num_layers} layers, expected {encoder.num_layers}, or any number "
                              "from 1 on of an encoder whose layers share their weights")
         H = encoder.hidden_size
-        heads = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
-        for linear in heads:
+        linears = nn.ModuleList(nn.Linear(H, num_labels) for _ in range(self.num_layers if per_layer else 1))
+        for linear in linears:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        self.classifier = heads if per_layer else heads[0]
+        self.classifier = linears if per_layer else linears[0]
         self.lambda_head = None
         if lambda_layers and self.num_layers > 1:               # one layer alone is where every row stops
             self.lambda_head = LambdaHead(H, lambda_layers, concat, prior, dropout)

@@ -298,7 +298,7 @@ def by_the_rule(model, inputs, rule):
 
 @functools.lru_cache(maxsize=None)
 def case(kind, rule, argument):
-    """-> a model, its 64 inputs, and their answers by the rule on forward"""
+    """Returns a model, its 64 inputs, and their answers by the rule on forward"""
     model = make(**KINDS[kind])
     inputs = rows(64, model.encoder.config)
     return model, inputs, by_the_rule(model, inputs, rule(argument))
@@ -414,7 +414,7 @@ METHODS = [("palbert", 2), ("palbert", 1), ("pondernet", 2), ("pabee", 3), ("ber
 
 
 def trainee(method, labels, **keywords):
-    """-> an untrained model, its settings, 16 rows and their labels"""
+    """Returns an untrained model, its settings, 16 rows and their labels"""
     chosen = run_module.make_settings(method=method, **keywords)
     torch.manual_seed(1)
     layers = 0 if method in ("pabee", "finetune") else chosen.lambda_layers
