@@ -1,6 +1,7 @@
 """The paper's Tables 1 to 3 and Figures 2 to 5 beside ours, and the benchmark, for eval.py."""
 
 import dataclasses
+import math
 import random
 import re
 import statistics
@@ -275,15 +276,15 @@ def plot(kind, root, out, device, batch_size, changed):
     if kind == "prior":
         panels, draw = prior_cells(found), draw_priors
     elif kind in ("distribution", "negations"):
-        panels = {key: members["palbert"] for key, members in panels.items() if "palbert" in members
-                  and (key[0] == "parity" or kind == "distribution")}
+        panels = {key: {"palbert": members["palbert"]} for key, members in panels.items()
+                  if "palbert" in members and (key[0] == "parity" or kind == "distribution")}
         draw = partial(draw_distribution, read=read)
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
     style.use("seaborn-v0_8-whitegrid")
     drawn = figure.Figure(layout="constrained")
     if kind == "negations":
-        draw_negations(drawn, list(panels.values())[-1], read)
+        draw_negations(drawn, list(panels.values())[-1]["palbert"], read)
     else:
         draw_panels(drawn, panels, draw)
     out = Path(out or root / f"{kind}.png")
@@ -293,13 +294,15 @@ def plot(kind, root, out, device, batch_size, changed):
 
 
 def draw_panels(figure, panels, draw):
-    """A panel for each task and model, drawn by draw(axis, its runs), and one legend"""
-    columns, legend = min(2, len(panels)), {}
-    height = -(-len(panels) // columns)
-    figure.set_size_inches(4.8 * columns, 3.1 * height)
-    for n, ((task, model), runs) in enumerate(panels.items()):
-        axis = figure.add_subplot(height, columns, n + 1, title=f"{NAMES.get(task, task)}, {model}")
-        draw(axis, runs)
+    """A panel for each task and model, drawn by draw(axis, {the name of a line: its runs}), and one legend"""
+    columns, legend = math.ceil(len(panels) ** 0.5), {}
+    height = math.ceil(len(panels) / columns)
+    figure.set_size_inches(4.4 * columns, 3.1 * height)
+    for place, ((task, model), members) in enumerate(panels.items(), 1):
+        seeds = sorted({len(runs) for runs in members.values()})
+        n = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+        axis = figure.add_subplot(height, columns, place, title=f"{NAMES.get(task, task)}, {model}, n = {n}")
+        draw(axis, members)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     if legend:
@@ -315,7 +318,7 @@ def draw_curves(axis, members, kind):
         runs = [run for run in members.get(method, ()) if criterion in run.sweep]
         if not runs or (kind == "q" and criterion != "q"):
             continue
-        label = f"{system_of(runs[0].settings).replace(method, label)}, n = {len(runs)}"
+        label = system_of(runs[0].settings).replace(method, label)
         rows = mean_of([run.sweep[criterion] for run in runs])
         places, mean = [row[x] for row in rows], np.array([row["score"] for row in rows])
         axis.plot(places, mean, color=colour, marker=marker, markersize=4, label=label)
@@ -347,8 +350,9 @@ def draw_priors(axis, members):
     axis.grid(False)
 
 
-def draw_distribution(axis, runs, read):
+def draw_distribution(axis, members, read):
     """Fig. 5: p(i|x), mean over the training set and over all seeds, and the prior"""
+    runs = members["palbert"]
     p = torch.stack([exit_distribution(read(run, "train")[1]).mean(0) for run in runs]).mean(0)     # (L,)
     layers, prior = range(1, len(p) + 1), runs[0].settings.prior
     axis.plot(layers, p, "o-", label="PALBERT")
