@@ -14,18 +14,19 @@ import torch
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
 FIRST_TOKENS = 384      # tokens in a pool from which a CPU gains by deciding a layer first; an H100 does not
-STREAM_ROWS = 4000      # inputs from which full batches pay on an H100, whose graphs are recorded first
+STREAM_ROWS = 4000      # inputs, or
+STREAM_BATCHES = 128    # batches, from which full batches pay on an H200, whose graphs are recorded first
 
 
 @torch.no_grad()
 def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     """Early exit for N inputs (ids, segments) -> logits (N,C), layers (N,) int64 in 1..L, in the same order
     Whole layers are computed for at most batch_size rows at a time. depthwise=None is True on CUDA for shared
-    layers and STREAM_ROWS inputs or more."""
+    layers and many inputs."""
     N, shared, parameter = len(inputs), model.encoder.shared, next(model.parameters())
     device = parameter.device
     if depthwise is None:
-        depthwise = shared and device.type == "cuda" and N >= STREAM_ROWS
+        depthwise = shared and device.type == "cuda" and N >= min(STREAM_ROWS, STREAM_BATCHES * batch_size)
     if depthwise and not shared:
         raise ValueError("rows at different depths can share a batch only where layers share their weights")
     order = np.argsort([-len(ids) for ids, _ in inputs], kind="stable")     # longest first

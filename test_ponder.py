@@ -530,6 +530,15 @@ def test_on_cuda_predict_many_equals_the_cpu_and_waits_once_a_layer(kind, rule, 
     torch.testing.assert_close(found.cpu(), logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("N, batch_size, full", [
+    (127, 1, False), (128, 1, True), (1023, 8, False), (1024, 8, True), (3999, 256, False), (4000, 256, True)])
+def test_on_cuda_full_batches_are_the_default_for_many_inputs(N, batch_size, full, cuda):
+    model, inputs, _ = case("albert", QExit, 0.5)
+    with mock.patch.object(fast, "Places") as places, mock.patch.object(fast, "descend"):
+        moved(model).predict_many(inputs[:1] * N, QExit(0.5), batch_size)
+    assert places.called == full
+
+
 @pytest.mark.parametrize("method, labels", METHODS)
 def test_on_cuda_a_training_step_equals_the_cpus_and_waits_for_nothing(method, labels, cuda):
     model, chosen, *batch = trainee(method, labels, task="mrpc")
