@@ -34,8 +34,7 @@ from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch
 from fast import pad, upload
 from glue import buckets, load, sources
 from paper import exit_result, mean_of, study
-from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
-                    layer_weighted_loss)
+from ponder import berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
                  fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run, origin_of,
                  read_run, read_splits, run_main, run_name)
@@ -55,8 +54,7 @@ def loss_of(settings, logits, lam, labels, prior):
     if settings.method == "berxit":
         return berxit_loss(logits, lam, labels)
     if settings.method == "finetune":
-        loss = layer_losses(logits[:, -1:], labels).mean()
-        return loss, {"task": loss.detach()}
+        return layer_weighted_loss(logits[:, -1:], labels)      # of the last layer alone
     return elbo_loss(logits, lam, labels, prior, settings.beta, settings.cut)
 
 
