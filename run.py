@@ -364,7 +364,7 @@ def all_layers(model, inputs, batch_size=32, precision=None):
         for batch in order.split(batch_size):
             outputs.append(model(*pad([inputs[row] for row in batch.tolist()], model.encoder, device)))
     logits, lam = (torch.cat(column).float().cpu()[order.argsort()] for column in zip(*outputs))
-    check_finite(torch.cat([logits, lam[..., None]], 2), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
+    check_finite(logits.isfinite().all(-1) & lam.isfinite(), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
     return logits, lam
 
 
@@ -382,13 +382,13 @@ def predict_all(model, settings, criterion, inputs, batch_size):
     rule = make_rule(criterion, settings, model.num_layers)
     with autocast(next(model.parameters()).device, settings.precision):
         outputs, layers = (answer.cpu() for answer in model.predict_many(inputs, rule, batch_size))
-    check_finite(outputs, layers)
+    check_finite(outputs.isfinite().all(-1), layers)
     return outputs.float(), layers
 
 
-def check_finite(numbers, layers):
-    """InputError unless all of numbers (...,C), of layers (...), are finite: others have no score."""
-    bad = layers[~numbers.isfinite().all(-1)]
+def check_finite(good, layers):
+    """InputError unless good is True at each of the layers: what is not finite has no score."""
+    bad = layers[~good]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
 
