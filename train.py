@@ -323,7 +323,7 @@ class Training:
 
 def run(settings, folder=None):
     """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
-    finished -> the results on dev by exit"""
+    finished -> the dev score by the run's own exit"""
     training = Training(settings)
     try:
         training.folder, results = on_rank_0(lambda: training.start(folder))
@@ -334,10 +334,9 @@ def run(settings, folder=None):
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
     with guard(training.folder / "run.json", "record of a run"):
-        check(settings.exit in results, f"no result by {settings.exit}")
         for name, result in results.items():
             say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
-    return results
+        return results[settings.exit]["score"]
 
 
 # ---- which folder ----
@@ -379,7 +378,7 @@ def train_all(runs, origin, dry_run):
             flags = [f"{flag(key)}={getattr(settings, key)}" for key in keys]
             say(shlex.join(["python", "train.py", *flags, "--name", folder.name]), sys.stdout)
         else:
-            scores.append(run(settings, folder)[settings.exit]["score"])
+            scores.append(run(settings, folder))
     return scores
 
 
