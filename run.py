@@ -215,10 +215,11 @@ def encoder_of(config):
     return ENCODERS[kind]
 
 
-def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run; the encoder's config and the tokenizer are written to the folder."""
+def make_model(settings, folder):
+    """The model of a new run; the encoder's config and the tokenizer are written to the folder."""
     torch.manual_seed(settings.seed)
     if settings.model in SCRATCH:
+        examples = load(settings.task, "train", settings.data_dir)
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
         config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
@@ -235,7 +236,7 @@ def make_model(settings, folder, examples):
     model, config = make_ponder(encoder, settings, tokenizer), encoder.config
     write_json(folder / "config.json", {"model_type": config.model_type, **dataclasses.asdict(config)})
     tokenizer.save(folder)
-    return tokenizer, model
+    return model
 
 
 def make_ponder(encoder, settings, tokenizer):

@@ -678,8 +678,8 @@ EVAL_FLAGS = [
     *((train, *case) for case in TRAIN_FLAGS), *((evaluation, *case) for case in EVAL_FLAGS)])
 def test_a_wrong_flag_is_named_with_what_is_expected_before_anything_is_read(
         command, flags, words, here, monkeypatch):
-    for name in ("load", "origin_of"):
-        monkeypatch.setattr(train, name, lambda *_: pytest.fail("looked for first"))
+    for module, name in ((run_module, "load"), (train, "origin_of")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("looked for first"))
     assert words in refusal(*flags.split(), command=command) and not (here / "runs").exists()
 
 
@@ -969,7 +969,7 @@ def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here):
 def test_a_model_may_be_another_runs_encoder(rte, here, trained):
     one = trained / "runs/stsb-palbert"
     settings_ = run_module.make_settings(task="rte", model=str(one), method="finetune")
-    _, model = run_module.make_model(settings_, here, [])
+    model = run_module.make_model(settings_, here)
     weights = read_safetensors(one / "model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())

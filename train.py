@@ -32,7 +32,7 @@ import torch.distributed as dist
 from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, say, write_json,
                         write_safetensors)
 from fast import pad, upload
-from glue import buckets, load, sources
+from glue import buckets, sources
 from paper import exit_result, mean_of, study
 from ponder import berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
@@ -155,8 +155,7 @@ class Training:
             say(f"{folder} is finished already, nothing to do; give another --name to train it again")
             return folder, values.get("dev")
         if not values:
-            origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
-            _, self.model = make_model(settings, folder, examples)
+            origin, self.model = origin_of(settings), make_model(settings, folder)
             self.optimizer, self.started = make_optimizer(self.model, settings), time.time()
             self.save()
             encoder = {"encoder": self.model.encoder.config.model_type}
