@@ -459,8 +459,8 @@ READERS = {".safetensors": read_safetensors, ".json": read_shards, ".index": rea
 MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
 
 # name: the published one, or None; config: the path of config.json or albert_config.json; weights: what
-# read_weights takes; tokenizer: the folder that text.load_tokenizer takes
-ModelFiles = collections.namedtuple("ModelFiles", "name config weights tokenizer")
+# read_weights takes. The tokenizer's files lie beside them.
+ModelFiles = collections.namedtuple("ModelFiles", "name config weights")
 
 
 def find_model(name_or_path):
@@ -476,7 +476,7 @@ def find_model(name_or_path):
         name, path = path.name, published_folder(path)
     weights = path if os.path.isfile(path) else find_file(path, "weights", WEIGHTS)
     config = find_file(weights.parent, "config", ("config.json", "albert_config.json"))
-    return ModelFiles(name, config, weights, weights.parent)
+    return ModelFiles(name, config, weights)
 
 
 def find_file(folder, what, patterns):

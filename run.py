@@ -228,9 +228,9 @@ def make_model(settings, folder):
         _, tokenizer, model = load_run(settings.model, torch.device("cpu"))
         encoder = model.encoder
     else:
-        files = find_model(settings.model)
-        tokenizer = load_tokenizer(files.tokenizer)
-        encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
+        config = find_model(settings.model).config
+        tokenizer = load_tokenizer(config.parent)
+        encoder = encoder_of(read_json(config)).from_pretrained(settings.model)
     if settings.layers is not None and settings.layers < encoder.num_layers and hasattr(encoder, "truncate"):
         encoder.truncate(settings.layers)
     model, config = make_ponder(encoder, settings, tokenizer), encoder.config

@@ -2688,7 +2688,7 @@ def test_a_published_model_is_fetched_once_and_the_token_goes_to_the_hub_alone(
         hub.files[f"/{BASE_V1}model.safetensors"] = 404, b""
         hub.publish(weights, saved(hub.tensors))
     files = checkpoint.find_model(name)
-    assert files == (NAME, hub.cache / "config.json", hub.cache / weights, hub.cache)
+    assert files == (NAME, hub.cache / "config.json", hub.cache / weights)
     assert hub.tokens.pop(f"/{weights}", None) is None and set(hub.tokens.values()) == {"Bearer secret"}
     monkeypatch.setattr(checkpoint.requests, "get", None)
     assert Albert.from_pretrained(name).config == albert.SIZES[NAME]
@@ -2735,10 +2735,10 @@ def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(reposit
     folder = tmp_path / "theirs" / "hub" / repository
     snapshot = folder_of(folder / "snapshots", albert.SIZES[NAME])
     write_file(folder, "refs/main", "model")
-    assert checkpoint.find_model(NAME).tokenizer == hub.cache    # their tokenizer is missing
+    assert checkpoint.find_model(NAME).config.parent == hub.cache    # their tokenizer is missing
     put(snapshot / "spiece.model", b"pieces")
     hub.asked.clear()
-    assert checkpoint.find_model(NAME).tokenizer == snapshot and not hub.asked
+    assert checkpoint.find_model(NAME).config.parent == snapshot and not hub.asked
 
 
 def test_minilm_is_found_in_its_package_without_running_its_code(tmp_path, monkeypatch):
@@ -2751,4 +2751,4 @@ def test_minilm_is_found_in_its_package_without_running_its_code(tmp_path, monke
     assert "SHA-256" in refused(checkpoint.find_model, "minilm")
     monkeypatch.setitem(checkpoint.SHA256, "minilm", checkpoint.sha256_file(folder / "model.safetensors"))
     files = checkpoint.find_model("minilm")
-    assert files == ("minilm", folder / "config.json", folder / "model.safetensors", folder)
+    assert files == ("minilm", folder / "config.json", folder / "model.safetensors")
