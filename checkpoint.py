@@ -585,6 +585,7 @@ def load_pretrained(encoder_class, name_or_path):
     source, tensors = files.weights, read_weights(files.weights)
     config = encoder_class.config_class.from_json(read_json(files.config), files.config)
     with guard(files.config, f"config of {files.name}"):
+        # But for the activation, which the hub has corrected in these files once already.
         published = dataclasses.replace(encoder_class.sizes.get(files.name, config),
                                         hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")
