@@ -27,11 +27,6 @@ from pathlib import Path
 import requests
 import torch
 
-try:
-    import fcntl
-except ImportError:     # Windows, where nothing is locked
-    fcntl = None
-
 MAX_BYTES = 4 << 30     # of a download whose size nobody announces, or of an archive's members
 
 
@@ -140,11 +135,11 @@ def atomic_write(path):
 def lock(file, wait=False):
     """Locks an open file until it is closed -> False where another process has it, and we do not wait"""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:         # a file system without locks
+    except (ImportError, OSError):      # Windows, or a file system without locks
         pass
     return True
 
