@@ -27,11 +27,6 @@ from pathlib import Path
 import requests
 import torch
 
-try:
-    import fcntl
-except ImportError:     # Windows, where nothing is locked
-    fcntl = None
-
 MAX_BYTES = 4 << 30     # of a download whose size nobody announces, or of an archive's members
 
 
@@ -86,7 +81,7 @@ def map_file(path):
     status = os.stat(path)
     check(stat.S_ISREG(status.st_mode), "it is no file")    # open() would wait for ever at a FIFO
     with open(path, "rb") as file:                          # and mmap refuses an empty file
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else bytearray()
 
 
 def sha256_file(path, published=None):
@@ -140,11 +135,11 @@ def atomic_write(path):
 def lock(file, wait=False):
     """Locks an open file until it is closed -> False where another process has it, and we do not wait"""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:         # a file system without locks
+    except (ImportError, OSError):      # Windows, or a file system without locks
         pass
     return True
 
@@ -280,16 +275,15 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def view(buffer, begin, end, dtype, shape):
-    """Bytes begin .. end of a buffer as a tensor, copied only if it would not be aligned; or ValueError."""
-    count = math.prod(shape)
-    good = len(shape) <= 16 and 0 <= begin <= end <= len(buffer) and count * dtype.itemsize == end - begin
+def view(data, begin, end, dtype, shape):
+    """Bytes begin .. end of data (n,) uint8 as a tensor, copied only if it is not aligned; or ValueError."""
+    size = math.prod(shape) * dtype.itemsize
+    good = len(shape) <= 16 and 0 <= begin <= end <= len(data) and size == end - begin
     check(good, f"no tensor of shape {shorten(shape)} at bytes {shorten(begin)} to {shorten(end)}")
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    if begin % dtype.itemsize:
-        buffer, begin = bytearray(buffer[begin:end]), 0
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).reshape(shape)
+    part = data[begin:end]
+    if part.storage_offset() % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).reshape(shape)
 
 
 def read_safetensors(path):
@@ -298,17 +292,16 @@ def read_safetensors(path):
     The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the
     header, JSON, name -> dtype, shape, data_offsets [begin, end) into what follows; data without holes."""
     with guard(path, "safetensors file"):
-        data, tensors = map_file(path), {}
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8:start]))
+        file, tensors = map_file(path), {}
+        start = 8 + int.from_bytes(file[:8], "little")
+        header = json.loads(bytes(file[8:start]))
         header.pop("__metadata__", None)
+        data = torch.frombuffer(file, dtype=torch.uint8)[start:]
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            check(begin >= 0, f"{shorten(name)} begins before the data")
             dtype = SAFETENSORS_TYPES[entry["dtype"]]
-            tensors[name] = view(data, start + begin, start + end, dtype, entry["shape"])
+            tensors[name] = view(data, *entry["data_offsets"], dtype, entry["shape"])
         used = sum(tensor.nbytes for tensor in tensors.values())
-        check(start + used == len(data), "its tensors do not fill it")
+        check(used == len(data), "its tensors do not fill it")
     return tensors
 
 
@@ -426,7 +419,8 @@ def read_tf_checkpoint(prefix):
         for name, entry in entries.items():
             entry = collections.defaultdict(int, fields(entry))     # a field that is 0 is not written
             if entry[1] != 7:
-                data = map_file(f"{prefix}.data-{entry[3]:05d}-of-{header[1]:05d}")
+                file = map_file(f"{prefix}.data-{entry[3]:05d}-of-{header[1]:05d}")
+                data = torch.frombuffer(file, dtype=torch.uint8)
                 sizes = fields(entry[2] or b"")
                 shape = [dict(fields(size)).get(1, 0) for number, size in sizes if number == 2]
                 end = entry[4] + entry[5]
@@ -459,8 +453,8 @@ READERS = {".safetensors": read_safetensors, ".json": read_shards, ".index": rea
 MEMBERS = r"[^.].*\.(json|txt|model|safetensors|bin|index|data-\d+-of-\d+)"
 
 # name: the published one, or None; config: the path of config.json or albert_config.json; weights: what
-# read_weights takes; tokenizer: the folder that text.load_tokenizer takes
-ModelFiles = collections.namedtuple("ModelFiles", "name config weights tokenizer")
+# read_weights takes. The tokenizer's files lie beside them.
+ModelFiles = collections.namedtuple("ModelFiles", "name config weights")
 
 
 def find_model(name_or_path):
@@ -476,7 +470,7 @@ def find_model(name_or_path):
         name, path = path.name, published_folder(path)
     weights = path if os.path.isfile(path) else find_file(path, "weights", WEIGHTS)
     config = find_file(weights.parent, "config", ("config.json", "albert_config.json"))
-    return ModelFiles(name, config, weights, weights.parent)
+    return ModelFiles(name, config, weights)
 
 
 def find_file(folder, what, patterns):
@@ -585,6 +579,7 @@ def load_pretrained(encoder_class, name_or_path):
     source, tensors = files.weights, read_weights(files.weights)
     config = encoder_class.config_class.from_json(read_json(files.config), files.config)
     with guard(files.config, f"config of {files.name}"):
+        # But for the activation, which the hub has corrected in these files once already.
         published = dataclasses.replace(encoder_class.sizes.get(files.name, config),
                                         hidden_act=config.hidden_act)
         check(config == published, "its sizes differ from the published ones")

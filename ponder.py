@@ -157,13 +157,15 @@ class PatienceExit:
 
     def step(self, state, i, lam, logits):
         before, agreed = state
-        now, within = logits.argmax(1).to(before.dtype), 1          # other classes are 1 or more away
-        if logits.shape[1] == 1:
-            now, within = logits[:, 0], self.tolerance
-        if within is None:
+        if logits.shape[1] > 1:
+            now = logits.argmax(1).to(before.dtype)
+            same = now == before
+        elif self.tolerance is None:
             raise ValueError("patience on a regression task needs a tolerance within which two layers agree")
-        same = ((now - before).abs() < within) & (i > 1)            # before layer 1 there is none
-        agreed = torch.where(same, agreed + 1, 0)
+        else:
+            now = logits[:, 0]
+            same = (now - before).abs() < self.tolerance
+        agreed = torch.where(same & (i > 1), agreed + 1, 0)         # before layer 1 there is none
         return (now, agreed), agreed >= self.t
 
 

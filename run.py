@@ -215,10 +215,11 @@ def encoder_of(config):
     return ENCODERS[kind]
 
 
-def make_model(settings, folder, examples):
-    """(tokenizer, model) of a new run; the encoder's config and the tokenizer are written to the folder."""
+def make_model(settings, folder):
+    """The model of a new run; the encoder's config and the tokenizer are written to the folder."""
     torch.manual_seed(settings.seed)
     if settings.model in SCRATCH:
+        examples = load(settings.task, "train", settings.data_dir)
         texts = [text for example in examples for text in (example.text_a, example.text_b) if text]
         config = albert.SIZES[settings.model]
         tokenizer = train_tokenizer(texts, folder, config.vocab_size, settings.seed)
@@ -227,15 +228,15 @@ def make_model(settings, folder, examples):
         _, tokenizer, model = load_run(settings.model, torch.device("cpu"))
         encoder = model.encoder
     else:
-        files = find_model(settings.model)
-        tokenizer = load_tokenizer(files.tokenizer)
-        encoder = encoder_of(read_json(files.config)).from_pretrained(settings.model)
+        config = find_model(settings.model).config
+        tokenizer = load_tokenizer(config.parent)
+        encoder = encoder_of(read_json(config)).from_pretrained(settings.model)
     if settings.layers is not None and settings.layers < encoder.num_layers and hasattr(encoder, "truncate"):
         encoder.truncate(settings.layers)
     model, config = make_ponder(encoder, settings, tokenizer), encoder.config
     write_json(folder / "config.json", {"model_type": config.model_type, **dataclasses.asdict(config)})
     tokenizer.save(folder)
-    return tokenizer, model
+    return model
 
 
 def make_ponder(encoder, settings, tokenizer):
@@ -364,7 +365,7 @@ def all_layers(model, inputs, batch_size=32, precision=None):
         for batch in order.split(batch_size):
             outputs.append(model(*pad([inputs[row] for row in batch.tolist()], model.encoder, device)))
     logits, lam = (torch.cat(column).float().cpu()[order.argsort()] for column in zip(*outputs))
-    check_finite(torch.cat([logits, lam[..., None]], 2), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
+    check_finite(logits.isfinite().all(-1) & lam.isfinite(), torch.arange(1, lam.shape[1] + 1).expand_as(lam))
     return logits, lam
 
 
@@ -382,13 +383,13 @@ def predict_all(model, settings, criterion, inputs, batch_size):
     rule = make_rule(criterion, settings, model.num_layers)
     with autocast(next(model.parameters()).device, settings.precision):
         outputs, layers = (answer.cpu() for answer in model.predict_many(inputs, rule, batch_size))
-    check_finite(outputs, layers)
+    check_finite(outputs.isfinite().all(-1), layers)
     return outputs.float(), layers
 
 
-def check_finite(numbers, layers):
-    """InputError unless all of numbers (...,C), of layers (...), are finite: others have no score."""
-    bad = layers[~numbers.isfinite().all(-1)]
+def check_finite(good, layers):
+    """InputError unless good is True at each of the layers: what is not finite has no score."""
+    bad = layers[~good]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
 

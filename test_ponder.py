@@ -687,8 +687,8 @@ EVAL_FLAGS = [
     *((train, *case) for case in TRAIN_FLAGS), *((evaluation, *case) for case in EVAL_FLAGS)])
 def test_a_wrong_flag_is_named_with_what_is_expected_before_anything_is_read(
         command, flags, words, here, monkeypatch):
-    for name in ("load", "origin_of"):
-        monkeypatch.setattr(train, name, lambda *_: pytest.fail("looked for first"))
+    for module, name in ((run_module, "load"), (train, "origin_of")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("looked for first"))
     assert words in refusal(*flags.split(), command=command) and not (here / "runs").exists()
 
 
@@ -978,7 +978,7 @@ def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here):
 def test_a_model_may_be_another_runs_encoder(rte, here, trained):
     one = trained / "runs/stsb-palbert"
     settings_ = run_module.make_settings(task="rte", model=str(one), method="finetune")
-    _, model = run_module.make_model(settings_, here, [])
+    model = run_module.make_model(settings_, here)
     weights = read_safetensors(one / "model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
@@ -2697,7 +2697,7 @@ def test_a_published_model_is_fetched_once_and_the_token_goes_to_the_hub_alone(
         hub.files[f"/{BASE_V1}model.safetensors"] = 404, b""
         hub.publish(weights, saved(hub.tensors))
     files = checkpoint.find_model(name)
-    assert files == (NAME, hub.cache / "config.json", hub.cache / weights, hub.cache)
+    assert files == (NAME, hub.cache / "config.json", hub.cache / weights)
     assert hub.tokens.pop(f"/{weights}", None) is None and set(hub.tokens.values()) == {"Bearer secret"}
     monkeypatch.setattr(checkpoint.requests, "get", None)
     assert Albert.from_pretrained(name).config == albert.SIZES[NAME]
@@ -2744,10 +2744,10 @@ def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(reposit
     folder = tmp_path / "theirs" / "hub" / repository
     snapshot = folder_of(folder / "snapshots", albert.SIZES[NAME])
     write_file(folder, "refs/main", "model")
-    assert checkpoint.find_model(NAME).tokenizer == hub.cache    # their tokenizer is missing
+    assert checkpoint.find_model(NAME).config.parent == hub.cache    # their tokenizer is missing
     put(snapshot / "spiece.model", b"pieces")
     hub.asked.clear()
-    assert checkpoint.find_model(NAME).tokenizer == snapshot and not hub.asked
+    assert checkpoint.find_model(NAME).config.parent == snapshot and not hub.asked
 
 
 def test_minilm_is_found_in_its_package_without_running_its_code(tmp_path, monkeypatch):
@@ -2760,4 +2760,4 @@ def test_minilm_is_found_in_its_package_without_running_its_code(tmp_path, monke
     assert "SHA-256" in refused(checkpoint.find_model, "minilm")
     monkeypatch.setitem(checkpoint.SHA256, "minilm", checkpoint.sha256_file(folder / "model.safetensors"))
     files = checkpoint.find_model("minilm")
-    assert files == ("minilm", folder / "config.json", folder / "model.safetensors", folder)
+    assert files == ("minilm", folder / "config.json", folder / "model.safetensors")

@@ -32,10 +32,9 @@ import torch.distributed as dist
 from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch, say, write_json,
                         write_safetensors)
 from fast import pad, upload
-from glue import buckets, load, sources
+from glue import buckets, sources
 from paper import exit_result, mean_of, study
-from ponder import (berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_losses,
-                    layer_weighted_loss)
+from ponder import berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_weighted_loss
 from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
                  fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run, origin_of,
                  read_run, read_splits, run_main, run_name)
@@ -55,8 +54,7 @@ def loss_of(settings, logits, lam, labels, prior):
     if settings.method == "berxit":
         return berxit_loss(logits, lam, labels)
     if settings.method == "finetune":
-        loss = layer_losses(logits[:, -1:], labels).mean()
-        return loss, {"task": loss.detach()}
+        return layer_weighted_loss(logits[:, -1:], labels)      # of the last layer alone
     return elbo_loss(logits, lam, labels, prior, settings.beta, settings.cut)
 
 
@@ -157,8 +155,7 @@ class Training:
             say(f"{folder} is finished already, nothing to do; give another --name to train it again")
             return folder, values.get("dev")
         if not values:
-            origin, examples = origin_of(settings), load(settings.task, "train", settings.data_dir)
-            _, self.model = make_model(settings, folder, examples)
+            origin, self.model = origin_of(settings), make_model(settings, folder)
             self.optimizer, self.started = make_optimizer(self.model, settings), time.time()
             self.save()
             encoder = {"encoder": self.model.encoder.config.model_type}
@@ -325,7 +322,7 @@ class Training:
 
 def run(settings, folder=None):
     """Train into the folder (None: a new one), go on where its run was stopped, or do nothing if that is
-    finished -> the results on dev by exit"""
+    finished -> the dev score by the run's own exit"""
     training = Training(settings)
     try:
         training.folder, results = on_rank_0(lambda: training.start(folder))
@@ -336,10 +333,9 @@ def run(settings, folder=None):
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
     with guard(training.folder / "run.json", "record of a run"):
-        check(settings.exit in results, f"no result by {settings.exit}")
         for name, result in results.items():
             say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
-    return results
+        return results[settings.exit]["score"]
 
 
 # ---- which folder ----
@@ -381,7 +377,7 @@ def train_all(runs, origin, dry_run):
             flags = [f"{flag(key)}={getattr(settings, key)}" for key in keys]
             say(shlex.join(["python", "train.py", *flags, "--name", folder.name]), sys.stdout)
         else:
-            scores.append(run(settings, folder)[settings.exit]["score"])
+            scores.append(run(settings, folder))
     return scores
 
 
