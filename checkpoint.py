@@ -100,7 +100,7 @@ def sha256_file(path, published=None):
 def read_json(path, *needed):
     """The object in a JSON file, which has one of the keys `needed` -> dict"""
     with guard(path, "JSON file of its kind"):
-        values = json.loads(bytes(map_file(path)))
+        values = json.loads(bytes(map_file(path)), parse_constant=lambda word: check(False, f"{word} in it"))
         check(isinstance(values, dict), "no object")
         check(not needed or values.keys() & needed, f"no {' or '.join(needed)} in it")
         return values
