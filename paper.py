@@ -288,13 +288,12 @@ def plot(kind, root, out, device, batch_size, changed):
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
     style.use("seaborn-v0_8-whitegrid")
-    drawn = figure.Figure(layout="constrained")
-    if kind == "negations":
-        draw_negations(drawn, list(panels.values())[-1]["palbert"], read)
-    else:
-        draw_panels(drawn, panels, draw)
-    out = Path(out or root / f"{kind}.png")
-    with atomic_write(out) as file:
+    drawn, out = figure.Figure(layout="constrained"), Path(out or root / f"{kind}.png")
+    with atomic_write(out) as file:         # which refuses a place before any model is read
+        if kind == "negations":
+            draw_negations(drawn, list(panels.values())[-1]["palbert"], read)
+        else:
+            draw_panels(drawn, panels, draw)
         drawn.savefig(file, dpi=150, format="png")
     print(out)
 

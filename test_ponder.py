@@ -1372,6 +1372,8 @@ def test_regression_is_evaluated_swept_explained_and_answered_by_every_method(me
     ask = functools.partial(asked, capsys, "--run", f"stsb-{method}")
     result = json.loads(ask("--json"))
     assert set(result["metrics"]) == {"pearson", "spearman"} and result["differ"] == 0
+    with mock.patch.object(evaluation, "predict_all", side_effect=AssertionError("it has begun to predict")):
+        assert "cannot write" in refusal("--submit", "no/glue.zip", "--device", "cpu", command=evaluation)
     if result["exit"] in run_module.SWEEPS:
         fixed, = re.findall("every fixed layer.*: (.*)", ask("--sweep"))
         assert len(fixed.split()) == 3
@@ -2185,7 +2187,8 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
         predictions[name, split] = draw.normal(2.5, 3, n) if classes == 1 else draw.integers(0, classes, n)
     predictions["rte", "test"][:2] = 0, 1
     for name, order in ("a.zip", predictions.items()), ("b.zip", reversed(predictions.items())):
-        assert glue.write_submission(tmp_path / name, dict(order)) == []
+        with checkpoint.atomic_write(tmp_path / name) as file:
+            assert glue.write_submission(file, dict(order)) == []
         check_submission(tmp_path / name, list(GLUE_TEST_ROWS))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
@@ -2195,10 +2198,8 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
 @pytest.mark.parametrize("predictions", [
     {("wnli", "test"): np.zeros(145)}, {("wnli", "test"): np.full(146, 0.5)},
     {("wnli", "test"): np.zeros(146), ("stsb", "test"): np.full(1379, np.nan)}])
-def test_a_wrong_submission_is_refused_and_leaves_the_file_there(predictions, tmp_path):
-    goal = write_file(tmp_path, "a.zip", b"old")
-    refused(glue.write_submission, goal, predictions)
-    assert goal.read_bytes() == b"old"
+def test_a_wrong_submission_is_refused(predictions):
+    refused(glue.write_submission, io.BytesIO(), predictions)
 
 
 # ---- files: every format, whole, cut, damaged and hostile ----
