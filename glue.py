@@ -94,8 +94,9 @@ def open_table(path, header=None):
 
 
 def find_columns(header, names):
-    """Returns the place of each name in the header. ValueError if one is not there."""
-    check(set(names) <= set(header), f"its columns are {', '.join(header)}, expected {', '.join(names)}")
+    """Returns the place of each name in the header. ValueError unless each is there once."""
+    good = "\r" not in "".join(header) and all(header.count(name) == 1 for name in names)
+    check(good, f"its columns are {', '.join(header)}, expected {', '.join(names)}, each once, before a LF")
     return [header.index(name) for name in names]
 
 
@@ -185,9 +186,6 @@ def load(task, split, data_dir=None):
     if task.name == "parity":
         return parity(split)
     paths = find_files(task, split, data_dir)
-    if not paths:
-        raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir or cache_dir()}: pass a --data-dir "
-                         "that holds it, or none where there is a network")
     with guard(paths[0], "TSV file"):
         return read_split(task, split, *paths)
 
@@ -200,7 +198,7 @@ def sources(task, data_dir=None):
 
 
 def find_files(task, split, data_dir):
-    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file; [] for none."""
+    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file."""
     if task.name == "parity":
         return []    # it is made, not read
     if task.name not in TASKS:
@@ -219,7 +217,8 @@ def find_files(task, split, data_dir):
             paths = [Path(data_dir, folder, name) for name in names]
             if all(os.path.isfile(path) for path in paths):
                 return paths
-    return []
+    raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir}: pass a --data-dir that holds "
+                     "it, or none where there is a network")
 
 
 def fetch(task):

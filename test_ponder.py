@@ -971,6 +971,7 @@ def test_a_model_may_be_another_runs_encoder(rte, here, trained):
     one = trained / "runs/stsb-palbert"
     settings_ = run_module.make_settings(task="rte", model=str(one), method="finetune")
     _, model = run_module.make_model(settings_, here, [])
+    ("--data-dir a --seeds 2 --dry-run", "train.tsv is not in a"),
     weights = read_safetensors(one / "model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
@@ -2030,7 +2031,8 @@ def test_a_folder_is_a_task_with_the_training_files_words_as_classes_sorted_or_w
         ("sentence|label/a|x/b|x/", COLOURS, r"train.tsv.*\['x'\].*two"),
         (COLOURS, HEIGHTS, "dev.tsv.*columns are sentence1, sentence2, score, expected sentence"),
         (HEIGHTS, "sentence1|score/a|1/", "dev.tsv.*expected sentence1, sentence2"),
-        ("sentence|class/a|x/", COLOURS, "train.tsv.*expected label")))])
+        ("sentence|class/a|x/", COLOURS, "train.tsv.*expected label"),
+        ("sentence|label|label/a|x|y/b|y|x/", COLOURS, "train.tsv.*label, each once")))])
 def test_wrong_names_missing_files_and_wrong_own_data_are_one_sentence(task, split, files, expected, here):
     for name, table in zip(("train.tsv", "dev.tsv"), files):
         write_file(here, name, table)
@@ -2056,7 +2058,8 @@ def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, d
     ("sst2", "sentence|label/fine|nobody knows//bad/", [("fine", None, None), ("bad", None, None)]),
     ("sst2", "sentence/fine//bad", [("fine", None, None), ("", None, None), ("bad", None, None)]),
     ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "expected sentence1"),
-    ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2")])
+    ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2"),
+    ("sst2", "sentence|sentence/a|b/", "each once"), ("sst2", "sentence|label\ra|1\rb|0\r", "before a LF")])
 def test_inputs_are_read_in_order_by_their_columns_and_each_has_its_texts(task, text, expected, tmp_path):
     path = write_file(tmp_path, "in.tsv", text)
     if isinstance(expected, str):
