@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -335,9 +336,8 @@ def origin_of(settings):
 def describe(settings, device):
     """What run.json records so that a number can be traced: settings, versions, device, precision"""
     versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
-    bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
-            "precision": "bf16" if bf16 else "float32",
+            "precision": "bf16" if autocast(device, settings.precision)._enabled else "float32",
             "versions": {"python": platform.python_version(), **versions}}
 
 
@@ -415,6 +415,7 @@ def apply_exit(criterion, settings, logits, lam, draw=0):
 
 def run_main(main):
     """Run a command: what a user can mend is one sentence and exit code 1; a closed pipe ends it quietly."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # leaves nothing behind, like Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")    # for terminals that are not UTF-8
     try:

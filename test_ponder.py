@@ -853,6 +853,18 @@ def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bit
         assert digest(how.name) == digest("whole"), how
 
 
+def test_sigterm_ends_any_command_as_ctrl_c_does_and_leaves_nothing(here):
+    def main():
+        with checkpoint.atomic_write(here / "answers.tsv"):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_module.run_main(main)
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and os.listdir(here) == []
+
+
 def test_nohup_keeps_its_meaning():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.caught_signals() as caught:
