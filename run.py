@@ -211,7 +211,7 @@ ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}
 def encoder_of(config):
     """The class of encoder that the dict of a config.json is for; Google's does not say, and is ALBERT's"""
     kind = config.get("model_type", "albert")
-    if kind not in ENCODERS:
+    if kind not in list(ENCODERS):      # it may be of any type
         raise InputError(f"model_type {shorten(kind)} is not built here; use one of {', '.join(ENCODERS)}")
     return ENCODERS[kind]
 

@@ -1267,6 +1267,7 @@ def results(here):
             del place[key]
         (folder / f"bad{number}.json").write_text(json.dumps(whole))
     (folder / "bad.json").write_text("{")
+    (folder / "bad-link.json").symlink_to("nowhere")
     for seed, used, more in ((5, "bf16", {"precision": "bf16"}), (6, "float32", {}),
                              (7, "bf16", {"max_steps": 9})):
         values = json.loads((folder / PALBERT.format(1)).read_text()) | {"precision": used}
@@ -1280,7 +1281,6 @@ def test_a_cell_is_the_seeds_of_one_set_of_settings_in_the_precision_that_was_us
     said, warned = capsys.readouterr()
     assert warned.count("passed over") == warned.count("over results/bad") == 11
     one, two, three, systems, layers = [part.splitlines() for part in said.split("\n\n| ")[1:]]
-    (folder / "bad-link.json").symlink_to("nowhere")
     scores = [json.loads((results / PALBERT.format(seed)).read_text())["dev"]["q"]["score"]
               for seed in (0, 1, 1, 2, 3)]                          # of the rates and seeds beside it none
     expected = f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} (n = 5, layer 6.0, dealt "
@@ -1716,6 +1716,8 @@ def test_a_config_of_another_computation_or_with_values_out_of_range_is_an_error
     for key, value in cases:
         message = refused(type(config).from_json, dataclasses.asdict(config) | {key: value}, "x/config.json")
         assert re.search(f"x/config.json: .*{key}", message), (key, str(value)[:80])
+    for kind in ("t5", [], {}):
+        assert "model_type" in refused(run_module.encoder_of, {"model_type": kind})
 
 
 @pytest.mark.parametrize("name", ["albert-base-v3", "nowhere/albert-base-v2", "", "tiny", "a\0b", "x" * 5000])
@@ -1915,6 +1917,9 @@ def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(
     name = "added_tokens.json" if "covid" in settings else "tokenizer_config.json"
     (tmp_path / name).write_text(json.dumps(settings))
     assert re.search(named, refused(text_module.load_tokenizer, tmp_path))
+    (tmp_path / name).rename(tmp_path / "moved")
+    (tmp_path / name).symlink_to("nowhere")         # as a part of Hugging Face's cache that was copied
+    assert name in refused(text_module.load_tokenizer, tmp_path)
 
 
 def test_robertas_vocabulary_of_2019_leaves_out_three_ids(roberta_folder, tmp_path):
