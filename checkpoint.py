@@ -78,7 +78,7 @@ def say(text, file=None):
 
 def cache_dir():
     """Where downloads are kept: $PALBERT_CACHE, else ~/.cache/palbert."""
-    return Path(os.environ.get("PALBERT_CACHE") or Path("~/.cache/palbert").expanduser())
+    return Path(os.path.expanduser(os.environ.get("PALBERT_CACHE") or "~/.cache/palbert"))
 
 
 def map_file(path):
@@ -506,9 +506,9 @@ def published_folder(path):
         names = ", ".join([*PUBLISHED, "minilm"])
         raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
 
-    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     for repository in (f"models--{owner}--{name}", f"models--{name}"):
-        with contextlib.suppress(OSError, InputError):
+        with contextlib.suppress(OSError, ValueError):
             folder = Path(home, "hub", repository)
             folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
             for file, sha256 in {"config.json": None, **tokenizer, "model.safetensors": weights}.items():

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import (InputError, atomic_write, cache_dir, check, download, extract_zip, guard, say,
-                        shorten)
+from checkpoint import InputError, cache_dir, check, download, extract_zip, guard, say, shorten
 
 
 # ---- tasks ----

@@ -971,6 +971,7 @@ def test_resume_needs_the_same_data_no_pretrained_model_and_maps_nothing_that_it
 
 @pytest.mark.parametrize("flags, words", [
     ("--model b/500", "spiece.model"), ("--model glue", "weights"), ("--data-dir a", "--data-dir"),
+    ("--data-dir a --seeds 2 --dry-run", "train.tsv is not in a"),
     ("--layers 30 --model r/500", "--layers 30"), ("--max-length 139 --model r/500", "more than 138 tokens"),
     ("--model bert-base", "albert-base-v2"), ("--task ax", "train")])
 def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here):
@@ -983,7 +984,6 @@ def test_a_model_may_be_another_runs_encoder(rte, here, trained):
     one = trained / "runs/stsb-palbert"
     settings_ = run_module.make_settings(task="rte", model=str(one), method="finetune")
     _, model = run_module.make_model(settings_, here, [])
-    ("--data-dir a --seeds 2 --dry-run", "train.tsv is not in a"),
     weights = read_safetensors(one / "model.safetensors")
     assert model.lambda_head is None
     assert all(torch.equal(t, weights[f"encoder.{name}"]) for name, t in model.encoder.state_dict().items())
@@ -1314,6 +1314,11 @@ def test_figures_2_to_4_show_the_main_system_of_each_method_and_every_prior_with
         rings = [line for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
         assert [round(line.get_ydata()[0], 1) for line in rings] == ringed
         assert figure.axes[0].get_xscale() == scale
+    odd = (results / PALBERT.format(0)).read_text().replace('"task":"rte"', r'"task":"$a_\udcff$"')
+    (results / "own.json").write_text(odd)
+    titles = [axis.get_title() for axis in drawn("q", results).axes]
+    assert r"\$a_\udcff\$, albert-base-v2, n = 1" in titles and len(titles) == 5
+    (results / "own.json").unlink()
     mrpc, rte = drawn("prior", results).axes
     assert [label.get_text() for label in mrpc.get_yticklabels()] == [
         "λ 0.1: 83.8", "λ 0.15: 83.1", "λ 0.2: 83.4", "λ 0.25: 82.9", "λ 0.5: 74.8"]
@@ -1327,11 +1332,6 @@ def test_figure_5_has_the_mean_of_the_seeds_and_the_prior_and_negations_reads_al
     monkeypatch.setattr(paper, "load_run", load_run)
     assert len(drawn("negations", folder).axes) == 2 and load_run.call_count == 2
     lam = iter([torch.full((2, 12), 0.5), torch.full((2, 12), 1.0)])
-    odd = (results / PALBERT.format(0)).read_text().replace('"task":"rte"', r'"task":"$a_\udcff$"')
-    (results / "own.json").write_text(odd)
-    titles = [axis.get_title() for axis in drawn("q", results).axes]
-    assert r"\$a_\udcff\$, albert-base-v2, n = 1" in titles and len(titles) == 5
-    (results / "own.json").unlink()
     monkeypatch.setattr(paper, "full_depth", lambda *_: {"train": (None, next(lam), None)})
     curve, prior = drawn("distribution", folder).axes[0].lines
     assert load_run.call_count == 4
@@ -1372,6 +1372,8 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
         path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
     sentence = refusal("--submit", "glue.zip", "--method", "pabee", command=evaluation)
     assert "of pabee with albert-base-v2 in runs/, found models: none" in sentence
+    with mock.patch.object(evaluation, "predict_all", side_effect=AssertionError("it has begun to predict")):
+        assert "cannot write" in refusal("--submit", "no/glue.zip", "--device", "cpu", command=evaluation)
     capsys.readouterr()
     evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
     said = capsys.readouterr()
@@ -1385,8 +1387,6 @@ def test_regression_is_evaluated_swept_explained_and_answered_by_every_method(me
     ask = functools.partial(asked, capsys, "--run", f"stsb-{method}")
     result = json.loads(ask("--json"))
     assert set(result["metrics"]) == {"pearson", "spearman"} and result["differ"] == 0
-    with mock.patch.object(evaluation, "predict_all", side_effect=AssertionError("it has begun to predict")):
-        assert "cannot write" in refusal("--submit", "no/glue.zip", "--device", "cpu", command=evaluation)
     if result["exit"] in run_module.SWEEPS:
         fixed, = re.findall("every fixed layer.*: (.*)", ask("--sweep"))
         assert len(fixed.split()) == 3
@@ -2763,8 +2763,12 @@ def test_a_pinned_file_laid_into_the_cache_by_hand_is_checked(hub, monkeypatch):
         assert "SHA-256" in message and str(path) in message and "delete it" in message, file
         put(path, right)
     assert checkpoint.find_model(NAME).name == NAME
-    monkeypatch.delenv("PALBERT_CACHE")
-    assert checkpoint.cache_dir() == Path.home() / ".cache" / "palbert"
+    for value, folder in (("", ".cache/palbert"), ("~/a", "a")):
+        monkeypatch.setenv("PALBERT_CACHE", value)
+        assert checkpoint.cache_dir() == Path.home() / folder
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)                    # a user without a home
+    assert checkpoint.cache_dir() == Path("~/a")
 
 
 @pytest.mark.parametrize("repository", ["models--albert--albert-base-v1", "models--albert-base-v1"])
@@ -2774,8 +2778,9 @@ def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(
     monkeypatch.setenv("HF_HOME", "~/theirs")
     folder = tmp_path / "theirs" / "hub" / repository
     snapshot = folder_of(folder / "snapshots", albert.SIZES[NAME])
-    write_file(folder, "refs/main", "model")
-    assert checkpoint.find_model(NAME).tokenizer == hub.cache    # their tokenizer is missing
+    for name in (b"\xff", "model"):
+        write_file(folder, "refs/main", name)
+        assert checkpoint.find_model(NAME).tokenizer == hub.cache    # their tokenizer is missing
     put(snapshot / "spiece.model", b"pieces")
     hub.asked.clear()
     assert checkpoint.find_model(NAME).tokenizer == snapshot and not hub.asked
