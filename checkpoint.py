@@ -73,7 +73,7 @@ def say(text, file=None):
 
 def cache_dir():
     """Where downloads are kept: $PALBERT_CACHE, else ~/.cache/palbert."""
-    return Path(os.environ.get("PALBERT_CACHE") or Path("~/.cache/palbert").expanduser())
+    return Path(os.path.expanduser(os.environ.get("PALBERT_CACHE") or "~/.cache/palbert"))
 
 
 def map_file(path):
@@ -95,7 +95,7 @@ def sha256_file(path, published=None):
 def read_json(path, *needed):
     """The object in a JSON file, which has one of the keys `needed` -> dict"""
     with guard(path, "JSON file of its kind"):
-        values = json.loads(bytes(map_file(path)))
+        values = json.loads(bytes(map_file(path)), parse_constant=lambda word: check(False, f"{word} in it"))
         check(isinstance(values, dict), "no object")
         check(not needed or values.keys() & needed, f"no {' or '.join(needed)} in it")
         return values
@@ -500,9 +500,9 @@ def published_folder(path):
         names = ", ".join([*PUBLISHED, "minilm"])
         raise InputError(f"model '{shorten(str(path))}': expected a file, a folder, or one of {names}")
 
-    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     for repository in (f"models--{owner}--{name}", f"models--{name}"):
-        with contextlib.suppress(OSError, InputError):
+        with contextlib.suppress(OSError, ValueError):
             folder = Path(home, "hub", repository)
             folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
             for file, sha256 in {"config.json": None, **tokenizer, "model.safetensors": weights}.items():

@@ -156,7 +156,7 @@ def answer_file(model, settings, tokenizer, criterion, path, output, batch_size)
 
 def submit(path, root, method, model, device, batch_size, changed):
     """The zip for GLUE's server of one system, with one model: the best seed on dev of each task. MNLI's run
-    predicts AX, too. All files are read before anything is predicted."""
+    predicts AX, too. All files are read, and the zip's place is tried, before anything is predicted."""
     best, predictions = {}, {}
     for (task, name), members in paper.main_cells(paper.cells(root)).items():
         if method in members and any(task == other for other, _ in SUBMISSION):
@@ -171,13 +171,14 @@ def submit(path, root, method, model, device, batch_size, changed):
     chosen = {key: dataclasses.replace(runs[key[0]].settings, **changed)
               for key in SUBMISSION if key[0] in runs}
     files = {key: load(*key, settings.data_dir) for key, settings in chosen.items()}
-    for key, settings in chosen.items():
-        run = runs[key[0]]
-        say(f"{' '.join(key)}: {run.folder}, dev {run.score:.1f} by {settings.exit}")
-        _, tokenizer, model = load_run(run.folder, device)
-        inputs = tokenizer.encode_all(files[key], settings.max_length)
-        predictions[key] = answers(predict_all(model, settings, settings.exit, inputs, batch_size)[0])
-    missing = ", ".join(write_submission(path, predictions)) or "none"
+    with atomic_write(Path(path)) as file:
+        for key, settings in chosen.items():
+            run = runs[key[0]]
+            say(f"{' '.join(key)}: {run.folder}, dev {run.score:.1f} by {settings.exit}")
+            _, tokenizer, model = load_run(run.folder, device)
+            inputs = tokenizer.encode_all(files[key], settings.max_length)
+            predictions[key] = answers(predict_all(model, settings, settings.exit, inputs, batch_size)[0])
+        missing = ", ".join(write_submission(file, predictions)) or "none"
     print(f"{path}: {len(predictions)} files; not in it, for want of a run: {missing}")
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import (InputError, atomic_write, cache_dir, check, download, extract_zip, guard, say,
-                        shorten)
+from checkpoint import InputError, cache_dir, check, download, extract_zip, guard, say, shorten
 
 
 # ---- tasks ----
@@ -94,8 +93,9 @@ def open_table(path, header=None):
 
 
 def find_columns(header, names):
-    """Returns the place of each name in the header. ValueError if one is not there."""
-    check(set(names) <= set(header), f"its columns are {', '.join(header)}, expected {', '.join(names)}")
+    """Returns the place of each name in the header. ValueError unless each is there once."""
+    good = "\r" not in "".join(header) and all(header.count(name) == 1 for name in names)
+    check(good, f"its columns are {', '.join(header)}, expected {', '.join(names)}, each once, before a LF")
     return [header.index(name) for name in names]
 
 
@@ -185,9 +185,6 @@ def load(task, split, data_dir=None):
     if task.name == "parity":
         return parity(split)
     paths = find_files(task, split, data_dir)
-    if not paths:
-        raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir or cache_dir()}: pass a --data-dir "
-                         "that holds it, or none where there is a network")
     with guard(paths[0], "TSV file"):
         return read_split(task, split, *paths)
 
@@ -200,7 +197,7 @@ def sources(task, data_dir=None):
 
 
 def find_files(task, split, data_dir):
-    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file; [] for none."""
+    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file."""
     if task.name == "parity":
         return []    # it is made, not read
     if task.name not in TASKS:
@@ -219,7 +216,8 @@ def find_files(task, split, data_dir):
             paths = [Path(data_dir, folder, name) for name in names]
             if all(os.path.isfile(path) for path in paths):
                 return paths
-    return []
+    raise InputError(f"{task.folder}/{split}.tsv is not in {data_dir}: pass a --data-dir that holds "
+                     "it, or none where there is a network")
 
 
 def fetch(task):
@@ -348,11 +346,11 @@ SUBMISSION = {("cola", "test"): 1063, ("sst2", "test"): 1821, ("mrpc", "test"): 
 SUFFIXES = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
 
 
-def write_submission(zip_path, predictions):
+def write_submission(file, predictions):
     """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names
-    of the files that it lacks. The same predictions give the same bytes. If any is wrong, none is written."""
+    of the files that it lacks. The same predictions give the same bytes. file: of atomic_write()."""
     missing = []
-    with atomic_write(Path(zip_path)) as target, zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         for (name, split), size in SUBMISSION.items():
             task = TASKS[name]
             file = f"{task.folder}{SUFFIXES[split]}.tsv"

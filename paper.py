@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import InputError, atomic_write, read_json, say
+from checkpoint import InputError, atomic_write, check, read_json, say, shorten
 from glue import TASKS, answers, load, negations, score
 from ponder import exit_distribution, geometric_prior
 from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
@@ -29,7 +29,7 @@ def mean_of(trees):
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: mean_of([tree[key] for tree in trees if key in tree]) for key in keys}
     if isinstance(trees[0], list):
-        return [mean_of(same) for same in zip(*trees)]
+        return [mean_of(same) for same in zip(*trees, strict=True)]
     return statistics.mean(trees)
 
 
@@ -103,23 +103,29 @@ def cells(root):
     set with the most seeds, then the best mean. Of equal settings the newest counts. A damaged file is named
     and passed over."""
     sets, found, paths = {}, {}, [*root.glob("*/run.json"), *root.glob("*.json")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(paths, key=lambda path: path.lstat().st_mtime_ns):
         try:
             values = read_json(path)
             settings = make_settings(**values["settings"])
             if not values["finished"] or settings.max_steps is not None:                # is no result
                 continue
-            own = values["dev"][settings.exit]["score"]
+            own, origin = values["dev"][settings.exit]["score"], [*map(values.get, ("data", "model"))]
             run = Run(path.parent, settings, own, *(values[name] for name in Run._fields[3:]))
-            for criterion in run.dev:
-                cell([run], criterion)                      # fails here if it cannot be printed
+            layers_cell([run])                              # fails here if it cannot be printed or drawn
+            for name in run.dev:
+                cell([run], name)
+                check(len(run.dev[name]["histogram"]) == len(run.by_layer), "another number of layers")
+                for row in run.sweep.get(name, ()):
+                    mean_of([row[name], row["score"], row["speed_up"]])
             # Where and how a run was made makes no other set; the precision is the one that was really used.
             rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
-            one_set = dataclasses.replace(settings, **rest), str([values.get("data"), values.get("model")])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            one_set = dataclasses.replace(settings, **rest), str([*origin, *run.dev])
+            key = Path(settings.model).name, ORDER.index(settings.method), system_of(settings), settings.task
+            others = [*sets.get(key, {}).get(one_set, {}).values()][:1]     # or beside those of its set
+            mean_of([[*one[4:]] for one in [run, *others]])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error})")
             continue
-        key = Path(settings.model).name, ORDER.index(settings.method), system_of(settings), settings.task
         sets.setdefault(key, {}).setdefault(one_set, {})[settings.seed] = run
     for (model, _, system, task), choices in sorted(sets.items()):
         choices = [list(seeds.values()) for seeds in choices.values()]
@@ -282,13 +288,12 @@ def plot(kind, root, out, device, batch_size, changed):
     if not panels:
         raise InputError(f"--plot {kind}: expected finished runs in {root}/, found none; train.py makes them")
     style.use("seaborn-v0_8-whitegrid")
-    drawn = figure.Figure(layout="constrained")
-    if kind == "negations":
-        draw_negations(drawn, list(panels.values())[-1]["palbert"], read)
-    else:
-        draw_panels(drawn, panels, draw)
-    out = Path(out or root / f"{kind}.png")
-    with atomic_write(out) as file:
+    drawn, out = figure.Figure(layout="constrained"), Path(out or root / f"{kind}.png")
+    with atomic_write(out) as file:         # which refuses a place before any model is read
+        if kind == "negations":
+            draw_negations(drawn, list(panels.values())[-1]["palbert"], read)
+        else:
+            draw_panels(drawn, panels, draw)
         drawn.savefig(file, dpi=150, format="png")
     print(out)
 
@@ -301,7 +306,8 @@ def draw_panels(figure, panels, draw):
     for place, ((task, model), members) in enumerate(panels.items(), 1):
         seeds = sorted({len(runs) for runs in members.values()})
         n = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        axis = figure.add_subplot(height, columns, place, title=f"{NAMES.get(task, task)}, {model}, n = {n}")
+        title = f"{NAMES.get(task, shorten(task))}, {shorten(model)}, n = {n}"
+        axis = figure.add_subplot(height, columns, place, title=title.replace("$", r"\$"))
         draw(axis, members)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -210,7 +211,7 @@ ENCODERS = {"albert": albert.Albert, "bert": bert.Bert, "roberta": bert.Roberta}
 def encoder_of(config):
     """The class of encoder that the dict of a config.json is for; Google's does not say, and is ALBERT's"""
     kind = config.get("model_type", "albert")
-    if kind not in ENCODERS:
+    if kind not in list(ENCODERS):      # it may be of any type
         raise InputError(f"model_type {shorten(kind)} is not built here; use one of {', '.join(ENCODERS)}")
     return ENCODERS[kind]
 
@@ -336,9 +337,8 @@ def origin_of(settings):
 def describe(settings, device):
     """What run.json records so that a number can be traced: settings, versions, device, precision"""
     versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
-    bf16 = autocast(device, settings.precision)._enabled
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
-            "precision": "bf16" if bf16 else "float32",
+            "precision": "bf16" if autocast(device, settings.precision)._enabled else "float32",
             "versions": {"python": platform.python_version(), **versions}}
 
 
@@ -416,6 +416,7 @@ def apply_exit(criterion, settings, logits, lam, draw=0):
 
 def run_main(main):
     """Run a command: what a user can mend is one sentence and exit code 1; a closed pipe ends it quietly."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # leaves nothing behind, like Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")    # for terminals that are not UTF-8
     try:

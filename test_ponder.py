@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -861,6 +862,18 @@ def test_a_signal_finishes_and_saves_the_step_and_the_run_ends_with_the_same_bit
         assert digest(how.name) == digest("whole"), how
 
 
+def test_sigterm_ends_any_command_as_ctrl_c_does_and_leaves_nothing(here):
+    def main():
+        with checkpoint.atomic_write(here / "answers.tsv"):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_module.run_main(main)
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and os.listdir(here) == []
+
+
 def test_nohup_keeps_its_meaning():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.caught_signals() as caught:
@@ -967,6 +980,7 @@ def test_resume_needs_the_same_data_no_pretrained_model_and_maps_nothing_that_it
 
 @pytest.mark.parametrize("flags, words", [
     ("--model b/500", "spiece.model"), ("--model glue", "weights"), ("--data-dir a", "--data-dir"),
+    ("--data-dir a --seeds 2 --dry-run", "train.tsv is not in a"),
     ("--layers 30 --model r/500", "--layers 30"), ("--max-length 139 --model r/500", "more than 138 tokens"),
     ("--model bert-base", "albert-base-v2"), ("--task ax", "train")])
 def test_a_start_that_fails_leaves_no_folder(flags, words, pretrained, here):
@@ -1241,7 +1255,7 @@ PALBERT = "rte-palbert-minilm-prior0.2-lr3e-05-lambda_lr3e-05-epochs5-seed{}.jso
 
 @pytest.fixture
 def results(here):
-    """The H100's files of results/, as if they were ALBERT's, and five more, two of them damaged"""
+    """The H100's files of results/, as if they were ALBERT's, three more, and some that are damaged"""
     folder = here / "results"
     folder.mkdir()
     for path in (HERE / "results").iterdir():
@@ -1249,10 +1263,20 @@ def results(here):
         if '"commit":"8e947e1"' not in text:
             continue
         (folder / path.name).write_text(text.replace('"encoder":"bert"', '"encoder":"albert"'))
-    whole = json.loads((folder / PALBERT.format(0)).read_text())
-    del whole["dev"]["sample"]["dealt"]
-    (folder / "lacks.json").write_text(json.dumps(whole))
+    for number, (damaged, key, *value) in enumerate([
+            (["dev", "sample"], "dealt"), (["dev", "q"], "score", math.nan),
+            (["dev", "q"], "score", 10**400), (["dev", "q"], "histogram", 1), ([], "by_layer", [1, "2"]),
+            (["sweep", "q", 0], "speed_up", "2"), (["sweep", "q"], 0, []), ([], "oracle", {}),
+            (["dev", "q"], "metrics", math.inf)]):
+        whole = json.loads((folder / PALBERT.format(0)).read_text())
+        place = functools.reduce(operator.getitem, damaged, whole)
+        if value:
+            place[key] = value[0]
+        else:
+            del place[key]
+        (folder / f"bad{number}.json").write_text(json.dumps(whole))
     (folder / "bad.json").write_text("{")
+    (folder / "bad-link.json").symlink_to("nowhere")
     for seed, used, more in ((5, "bf16", {"precision": "bf16"}), (6, "float32", {}),
                              (7, "bf16", {"max_steps": 9})):
         values = json.loads((folder / PALBERT.format(1)).read_text()) | {"precision": used}
@@ -1264,7 +1288,7 @@ def results(here):
 def test_a_cell_is_the_seeds_of_one_set_of_settings_in_the_precision_that_was_used(results, capsys):
     evaluation.main(["--table", "--runs", "results"])
     said, warned = capsys.readouterr()
-    assert "bad.json" in warned and "lacks.json" in warned and warned.count("passed over") == 2
+    assert warned.count("passed over") == warned.count("over results/bad") == 11
     one, two, three, systems, layers = [part.splitlines() for part in said.split("\n\n| ")[1:]]
     scores = [json.loads((results / PALBERT.format(seed)).read_text())["dev"]["q"]["score"]
               for seed in (0, 1, 1, 2, 3)]                          # of the rates and seeds beside it none
@@ -1299,6 +1323,11 @@ def test_figures_2_to_4_show_the_main_system_of_each_method_and_every_prior_with
         rings = [line for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
         assert [round(line.get_ydata()[0], 1) for line in rings] == ringed
         assert figure.axes[0].get_xscale() == scale
+    odd = (results / PALBERT.format(0)).read_text().replace('"task":"rte"', r'"task":"$a_\udcff$"')
+    (results / "own.json").write_text(odd)
+    titles = [axis.get_title() for axis in drawn("q", results).axes]
+    assert r"\$a_\udcff\$, albert-base-v2, n = 1" in titles and len(titles) == 5
+    (results / "own.json").unlink()
     mrpc, rte = drawn("prior", results).axes
     assert [label.get_text() for label in mrpc.get_yticklabels()] == [
         "λ 0.1: 83.8", "λ 0.15: 83.1", "λ 0.2: 83.4", "λ 0.25: 82.9", "λ 0.5: 74.8"]
@@ -1352,6 +1381,8 @@ def test_a_submission_is_one_systems_best_seeds_and_mnlis_run_answers_ax(here, c
         path.write_text(re.sub(r'"score": [-\d.e]+', f'"score": {score}', path.read_text()))
     sentence = refusal("--submit", "glue.zip", "--method", "pabee", command=evaluation)
     assert "of pabee with albert-base-v2 in runs/, found models: none" in sentence
+    with mock.patch.object(evaluation, "predict_all", side_effect=AssertionError("it has begun to predict")):
+        assert "cannot write" in refusal("--submit", "no/glue.zip", "--device", "cpu", command=evaluation)
     capsys.readouterr()
     evaluation.main(["--submit", "glue.zip", "--device", "cpu"])
     said = capsys.readouterr()
@@ -1694,6 +1725,8 @@ def test_a_config_of_another_computation_or_with_values_out_of_range_is_an_error
     for key, value in cases:
         message = refused(type(config).from_json, dataclasses.asdict(config) | {key: value}, "x/config.json")
         assert re.search(f"x/config.json: .*{key}", message), (key, str(value)[:80])
+    for kind in ("t5", [], {}):
+        assert "model_type" in refused(run_module.encoder_of, {"model_type": kind})
 
 
 @pytest.mark.parametrize("name", ["albert-base-v3", "nowhere/albert-base-v2", "", "tiny", "a\0b", "x" * 5000])
@@ -1893,6 +1926,9 @@ def test_settings_and_added_tokens_that_change_the_ids_are_refused_by_name(
     name = "added_tokens.json" if "covid" in settings else "tokenizer_config.json"
     (tmp_path / name).write_text(json.dumps(settings))
     assert re.search(named, refused(text_module.load_tokenizer, tmp_path))
+    (tmp_path / name).rename(tmp_path / "moved")
+    (tmp_path / name).symlink_to("nowhere")         # as a part of Hugging Face's cache that was copied
+    assert name in refused(text_module.load_tokenizer, tmp_path)
 
 
 def test_robertas_vocabulary_of_2019_leaves_out_three_ids(roberta_folder, tmp_path):
@@ -2021,7 +2057,8 @@ def test_a_folder_is_a_task_with_the_training_files_words_as_classes_sorted_or_w
         ("sentence|label/a|x/b|x/", COLOURS, r"train.tsv.*\['x'\].*two"),
         (COLOURS, HEIGHTS, "dev.tsv.*columns are sentence1, sentence2, score, expected sentence"),
         (HEIGHTS, "sentence1|score/a|1/", "dev.tsv.*expected sentence1, sentence2"),
-        ("sentence|class/a|x/", COLOURS, "train.tsv.*expected label")))])
+        ("sentence|class/a|x/", COLOURS, "train.tsv.*expected label"),
+        ("sentence|label|label/a|x|y/b|y|x/", COLOURS, "train.tsv.*label, each once")))])
 def test_wrong_names_missing_files_and_wrong_own_data_are_one_sentence(task, split, files, expected, here):
     for name, table in zip(("train.tsv", "dev.tsv"), files):
         write_file(here, name, table)
@@ -2047,7 +2084,8 @@ def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, d
     ("sst2", "sentence|label/fine|nobody knows//bad/", [("fine", None, None), ("bad", None, None)]),
     ("sst2", "sentence/fine//bad", [("fine", None, None), ("", None, None), ("bad", None, None)]),
     ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "expected sentence1"),
-    ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2")])
+    ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2"),
+    ("sst2", "sentence|sentence/a|b/", "each once"), ("sst2", "sentence|label\ra|1\rb|0\r", "before a LF")])
 def test_inputs_are_read_in_order_by_their_columns_and_each_has_its_texts(task, text, expected, tmp_path):
     path = write_file(tmp_path, "in.tsv", text)
     if isinstance(expected, str):
@@ -2178,7 +2216,8 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
         predictions[name, split] = draw.normal(2.5, 3, n) if classes == 1 else draw.integers(0, classes, n)
     predictions["rte", "test"][:2] = 0, 1
     for name, order in ("a.zip", predictions.items()), ("b.zip", reversed(predictions.items())):
-        assert glue.write_submission(tmp_path / name, dict(order)) == []
+        with checkpoint.atomic_write(tmp_path / name) as file:
+            assert glue.write_submission(file, dict(order)) == []
         check_submission(tmp_path / name, list(GLUE_TEST_ROWS))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
@@ -2188,10 +2227,8 @@ def test_a_submission_is_what_glues_server_takes_and_the_same_bytes_every_time(t
 @pytest.mark.parametrize("predictions", [
     {("wnli", "test"): np.zeros(145)}, {("wnli", "test"): np.full(146, 0.5)},
     {("wnli", "test"): np.zeros(146), ("stsb", "test"): np.full(1379, np.nan)}])
-def test_a_wrong_submission_is_refused_and_leaves_the_file_there(predictions, tmp_path):
-    goal = write_file(tmp_path, "a.zip", b"old")
-    refused(glue.write_submission, goal, predictions)
-    assert goal.read_bytes() == b"old"
+def test_a_wrong_submission_is_refused(predictions):
+    refused(glue.write_submission, io.BytesIO(), predictions)
 
 
 # ---- files: every format, whole, cut, damaged and hostile ----
@@ -2322,8 +2359,8 @@ def test_a_file_cut_at_any_byte_is_refused_unless_nothing_is_missing_that_could_
         read += 1
         if name == "a.tar":         # only zeros at its end are missing
             assert alike(found, expected), length
-        else:                       # whole lines are, or whole pieces
-            assert name == "spiece.model" or (name.endswith(".txt") and data[length - 1] == 10), length
+        else:                       # whole lines are
+            assert name.endswith(".txt") and data[length - 1] == 10, length
     assert read < len(lengths) / (1 if name == "a.tar" else 2)
 
 
@@ -2735,16 +2772,24 @@ def test_a_pinned_file_laid_into_the_cache_by_hand_is_checked(hub, monkeypatch):
         assert "SHA-256" in message and str(path) in message and "delete it" in message, file
         put(path, right)
     assert checkpoint.find_model(NAME).name == NAME
-    monkeypatch.delenv("PALBERT_CACHE")
-    assert checkpoint.cache_dir() == Path.home() / ".cache" / "palbert"
+    for value, folder in (("", ".cache/palbert"), ("~/a", "a")):
+        monkeypatch.setenv("PALBERT_CACHE", value)
+        assert checkpoint.cache_dir() == Path.home() / folder
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)                    # a user without a home
+    assert checkpoint.cache_dir() == Path("~/a")
 
 
 @pytest.mark.parametrize("repository", ["models--albert--albert-base-v1", "models--albert-base-v1"])
-def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(repository, hub, tmp_path):
+def test_a_model_in_the_users_hugging_face_cache_is_taken_if_it_is_whole(
+        repository, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", "~/theirs")
     folder = tmp_path / "theirs" / "hub" / repository
     snapshot = folder_of(folder / "snapshots", albert.SIZES[NAME])
-    write_file(folder, "refs/main", "model")
-    assert checkpoint.find_model(NAME).config.parent == hub.cache    # their tokenizer is missing
+    for name in (b"\xff", "model"):
+        write_file(folder, "refs/main", name)
+        assert checkpoint.find_model(NAME).config.parent == hub.cache    # their tokenizer is missing
     put(snapshot / "spiece.model", b"pieces")
     hub.asked.clear()
     assert checkpoint.find_model(NAME).config.parent == snapshot and not hub.asked

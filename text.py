@@ -16,7 +16,7 @@ from unicodedata import category, combining, normalize
 
 import sentencepiece
 
-from checkpoint import InputError, atomic_write, check, guard, read_json, shorten, write_json
+from checkpoint import InputError, atomic_write, check, fields, guard, read_json, shorten, write_json
 
 
 # ---- what the three share ----
@@ -105,6 +105,7 @@ class AlbertTokenizer(Tokenizer):
         self.settings = {"do_lower_case": lower_case, "keep_accents": keep_accents}
         with guard(model_file, "SentencePiece model"):
             self.files = {"spiece.model": Path(model_file).read_bytes()}
+            check(3 in dict(fields(self.files["spiece.model"])), "it breaks off")     # 3 is its end
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
             # Where one of these occurs, SentencePiece's own ids are not the slow tokenizer's.
@@ -301,7 +302,7 @@ def load_tokenizer(folder):
 def read_settings(folder, kind):
     """The values of kind.obeyed in the folder. InputError if it asks for ids that the class does not give."""
     files = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    settings, tokens = [read_json(file) if file.is_file() else {} for file in files]
+    settings, tokens = [read_json(file) if file.is_file() or file.is_symlink() else {} for file in files]
     with guard(files[0], "tokenizer_config.json"):
         added = [value for key, value in settings.items() if key.endswith("_token") and value]
         added += settings.get("additional_special_tokens") or []
