@@ -315,7 +315,6 @@ class Ponder(nn.Module):
             rows, h, mask, previous = rows[go], h[go], mask[go], pooled[go]
             state = tuple(s[go] for s in state)
             if len(rows) == 0:
-                break
-        return answers, layers
+                return answers, layers
 
     predict_many = fast.predict_many    # predict for a list of (ids, segments) -> logits (N,C), layers (N,)
