@@ -668,7 +668,7 @@ TRAIN_FLAGS = [
     ("--method bert", "palbert, pondernet, pabee, berxit, fine"), ("--task squad", "mrpc"),
     ("--seed -1", "--seed"), ("--turbo", "--turbo"), ("--precision fp16", "bf16"), ("--device cpu:1", "cpu"),
     ("--exit entropy", "q or sample"), ("--method finetune --exit q", "by last"),
-    ("--method finetune --prior 0.2", "finetune on parity does not read --prior"), ("--patience 3", "not read"),
+    ("--method finetune --prior 0.2", "finetune on parity does not read --prior"), ("--patience 3", "read"),
     ("--method pabee --beta 1 --lr 1 --lambda-lr 1", "not read --beta, --lambda-lr"),
     ("--method berxit --cut 0", "read --cut"), ("--task stsb --method pabee --entropy 1", "read --entropy"),
     ("--task stsb --method pabee --exit entropy", "patience or last"), ("--device cpu:²", "cpu:²: expected"),

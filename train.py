@@ -444,7 +444,7 @@ def main(argv=None):
     for wrong, sentence in (
             (settings.exit not in exits,
              f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
-            (idle, f"{settings.method} on {settings.task} does not read {', '.join(map(flag, idle))}; leave it out"),
+            (idle, f"{settings.method} on {settings.task} does not read {', '.join(map(flag, idle))}"),
             (name is not None and (name == ".." or (RUNS / name).parent != RUNS),
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
