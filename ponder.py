@@ -303,7 +303,7 @@ class Ponder(nn.Module):
         """Early exit, after eval(): a row that stops leaves the batch. -> logits (B,C), layers (B,)"""
         B, L, device = len(ids), self.num_layers, ids.device
         rows, state = torch.arange(B, device=device), rule.start(B, L, device)
-        answers, layers = torch.zeros(B, self.num_labels, device=device), torch.zeros_like(rows)
+        answers, layers = next(self.parameters()).new_zeros(B, self.num_labels), torch.zeros_like(rows)
         h = self.encoder.embed(ids, segments)                       # (B,T,H)
         previous = torch.zeros_like(h[:, 0])                        # (B,H)
         for i in range(1, L + 1):
@@ -312,12 +312,11 @@ class Ponder(nn.Module):
             logits, lam = self.heads(depth, pooled, previous)       # (n,C), (n,)
             state, done = rule.step(state, depth, lam, logits)      # done (n,)
             stop = done | (i == L)
-            answers[rows[stop]], layers[rows[stop]] = logits[stop].to(answers.dtype), i
+            answers[rows[stop]], layers[rows[stop]] = logits[stop], i
             go = ~stop
             rows, h, mask, previous = rows[go], h[go], mask[go], pooled[go]
             state = tuple(s[go] for s in state)
             if len(rows) == 0:
-                break
-        return answers, layers
+                return answers, layers
 
     predict_many = fast.predict_many    # predict for a list of (ids, segments) -> logits (N,C), layers (N,)

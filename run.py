@@ -52,6 +52,9 @@ RULES = {       # exit: its rule, the rule's arguments in Settings, the first on
 }
 THRESHOLDS = {name: takes[0] for name, (_, takes, _) in RULES.items()}
 SWEEPS = {name: values for name, (_, _, values) in RULES.items()}
+READ_BY = {"beta": ["q"], "cut": ["q"]}     # setting: the exits of the methods that alone read it
+READ_BY |= dict.fromkeys(("prior", "lambda_layers", "lambda_input", "lambda_lr"), ["q", "learned"])
+READ_BY |= {name: [criterion] for criterion, (_, takes, _) in RULES.items() for name in takes}
 
 
 # ---- settings ----
@@ -177,11 +180,10 @@ def choose_device(name=None):
 
 def autocast(device, precision=None):
     """The context to compute in, bf16 (None: on a GPU that has it) or float32; InputError if it cannot."""
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = has.get("avx512_bf16") or has.get("amx_bf16")
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        able = has.get("avx512_bf16") or has.get("amx_bf16")
     bf16 = precision == "bf16" or (precision is None and device.type == "cuda" and able)
     if bf16 and not able:
         raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
@@ -189,9 +191,8 @@ def autocast(device, precision=None):
 
 
 def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    cpu = f"{device.type}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def timed(model, work):
@@ -272,8 +273,7 @@ def open_run(folder, settings):
 def fill(model, path, device):
     """The model, on the device and to evaluate, with the weights of a safetensors file, which it must fit"""
     with guard(path, "set of the run's weights"):
-        weights = {name: tensor.to(device, torch.float32, copy=True)
-                   for name, tensor in read_safetensors(path).items()}
+        weights = {name: x.to(device, torch.float32, copy=True) for name, x in read_safetensors(path).items()}
         model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -347,8 +347,7 @@ def describe(settings, device):
 def read_splits(settings, tokenizer, split):
     """{split: (inputs, labels)} of the splits that a name means, for MNLI's dev and test two; inputs: a list
     of (ids, segments)"""
-    found = {}
-    parts = [name for name in get_task(settings.task).splits if name.startswith(f"{split}_")]
+    found, parts = {}, [name for name in get_task(settings.task).splits if name.startswith(f"{split}_")]
     for name in parts or [split]:
         examples = load(settings.task, name, settings.data_dir)
         inputs = tokenizer.encode_all(examples, settings.max_length)

@@ -35,9 +35,9 @@ from fast import pad, upload
 from glue import buckets, sources
 from paper import exit_result, mean_of, study
 from ponder import berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_weighted_loss
-from run import (DRAWS, PLACE, RUNS, Parser, Settings, autocast, changed_settings, choose_device, describe,
-                 fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run, origin_of,
-                 read_run, read_splits, run_main, run_name)
+from run import (DRAWS, PLACE, READ_BY, RUNS, Parser, Settings, autocast, changed_settings, choose_device,
+                 describe, fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run,
+                 origin_of, read_run, read_splits, run_main, run_name)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -436,9 +436,11 @@ def main(argv=None):
     settings, name, resume = make_settings(**given), asked.get("name"), asked.get("resume")
     seeds, grid, exits = asked.get("seeds"), "grid" in asked, settings.exits
     several = seeds is not None or grid
+    idle = [name for name in given if not set(READ_BY.get(name, exits)) & set(exits)]
     for wrong, sentence in (
             (settings.exit not in exits,
              f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
+            (idle, f"{settings.method} on {settings.task} does not read {', '.join(map(flag, idle))}"),
             (name is not None and (name == ".." or (RUNS / name).parent != RUNS),
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
