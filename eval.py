@@ -16,9 +16,9 @@ import paper
 from checkpoint import InputError, atomic_write, say
 from glue import SUBMISSION, answers, get_task, load, read_inputs, write_submission
 from ponder import exit_distribution
-from run import (RUNS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device,
-                 device_name, find_run, flag, full_depth, load_run, make_rule, make_settings, predict_all,
-                 read_run, read_splits, run_main, timed)
+from run import (RUNS, THRESHOLDS, Parser, Settings, all_layers, apply_exit, choose_device, device_name,
+                 exit_result, find_run, flag, full_depth, load_run, make_rule, make_settings, mean_of,
+                 predict_all, read_run, read_splits, run_main, study, timed)
 
 CHUNK = 4096        # rows of --input that are held at a time
 
@@ -51,12 +51,12 @@ def report(model, settings, criterion, splits, split, batch_size, as_json):
     for name in settings.exits:
         seconds, (_, layers) = measure(lambda rows: predict_all(model, settings, name, rows, batch_size))
         differ = int((apply_exit(name, settings, *arrays)[1] != layers).sum())
-        found = paper.mean_of([paper.exit_result(name, settings, *part) for part in parts])
+        found = mean_of([exit_result(name, settings, *part) for part in parts])
         print(f"{'>' if name == criterion else ' '} {exit_name(settings, name):<15} {found['score']:>6.1f} "
               f"{found['mean_layer']:>11.2f} {L / found['mean_layer']:>12.2f}x {seconds:>8.2f} "
               f"{whole_seconds:>11.2f} {whole_seconds / seconds:>6.2f}x {differ:>17}", file=out)
         if as_json and name == criterion:
-            found["metrics"] = paper.mean_of(list(found["metrics"].values()))   # MNLI's two splits as one
+            found["metrics"] = mean_of(list(found["metrics"].values()))   # MNLI's two splits as one
             found["layers"] = [round(share * len(inputs), 2) for share in found.pop("histogram")]
             asked = {"task": settings.task, "split": split, "exit": name, "q": settings.q, "differ": differ}
             print(json.dumps(asked | found | {"seconds": seconds, "seconds_full_depth": whole_seconds}))
@@ -67,7 +67,7 @@ def print_sweep(model, settings, criterion, splits, batch_size):
     if criterion not in THRESHOLDS:
         others = " or ".join(f"--exit {name}" for name in settings.exits if name in THRESHOLDS)
         raise InputError(f"--sweep: exit {criterion} has no threshold; use {others or 'another run'}")
-    found = paper.study(settings, full_depth(model, settings, splits, batch_size))
+    found = study(settings, full_depth(model, settings, splits, batch_size))
     print(f"{criterion:>9}  score  mean layer  speed-up  same layers dealt to random rows")
     for row in found["sweep"][criterion]:
         print(f"{row[criterion]:>9g} {row['score']:>6.1f} {row['mean_layer']:>11.2f} {row['speed_up']:>8.2f}x"

@@ -1,4 +1,4 @@
-"""What one pass of full depth tells; the paper's Tables 1 to 3, Figures 2 to 5 beside ours; the benchmark."""
+"""The paper's Tables 1 to 3 and Figures 2 to 5 beside ours, and the benchmark, for eval.py."""
 
 import dataclasses
 import math
@@ -14,68 +14,10 @@ import torch
 from torch import nn
 
 from checkpoint import InputError, atomic_write, check, read_json, say, shorten
-from glue import TASKS, answers, load, negations, score
+from glue import TASKS, load, negations
 from ponder import exit_distribution, geometric_prior
-from run import (CRITERIA, DRAWS, METHODS, PLACE, SWEEPS, THRESHOLDS, all_layers, apply_exit, autocast,
-                 changed_settings, device_name, full_depth, load_run, make_rule, make_settings, read_splits,
-                 timed)
-
-
-# ---- what one pass of full depth tells ----
-
-def mean_of(trees):
-    """Dicts and lists of one form -> their mean, number by number; a key may be missing in some"""
-    if isinstance(trees[0], dict):
-        keys = dict.fromkeys(key for tree in trees for key in tree)
-        return {key: mean_of([tree[key] for tree in trees if key in tree]) for key in keys}
-    if isinstance(trees[0], list):
-        return [mean_of(same) for same in zip(*trees, strict=True)]
-    return statistics.mean(trees)
-
-
-def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,) of exits, and
-    dealt: the score if the same layers go to random rows, which a good choice of rows beats. All are means of
-    DRAWS draws."""
-    draws, (N, L) = [], lam.shape
-    for draw in range(DRAWS):
-        outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(draw))
-        dealt = logits[torch.arange(N), layers[order] - 1]
-        metrics = score(settings.task, answers(outputs), labels)
-        shares = torch.bincount(layers, minlength=L + 1)[1:].double() / N
-        draws.append({"score": metrics.pop("score"), "metrics": {split: metrics},
-                      "dealt": score(settings.task, answers(dealt), labels)["score"],
-                      "mean_layer": layers.double().mean().item(), "histogram": shares.tolist()})
-    return mean_of(draws)
-
-
-def study(settings, splits):
-    """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model: splits {split:
-    (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each threshold},
-    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one,
-    L where none is; for regression of the one with the least error"""
-    trees = []
-    for split, (logits, lam, labels) in splits.items():
-        dev, sweep, (N, L) = {}, {}, lam.shape
-        for criterion in settings.exits:
-            dev[criterion] = exit_result(criterion, settings, logits, lam, labels, split)
-            for value in SWEEPS.get(criterion, ()):
-                changed = dataclasses.replace(settings, **{THRESHOLDS[criterion]: value})
-                result = exit_result(criterion, changed, logits, lam, labels, split)
-                row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
-                row |= {criterion: value, "speed_up": L / result["mean_layer"]}
-                sweep.setdefault(criterion, []).append(row)
-        error = (answers(logits.flatten(0, 1)).view(N, L) - torch.tensor(labels)[:, None]).abs()
-        if logits.shape[2] > 1:
-            error = (error > 0).int()
-            error[:, -1] = 0                                        # layer L is taken where none is right
-        best = error.argmin(1)                                      # (N,) from 0, the first of the least
-        chosen = [*logits.unbind(1), logits[torch.arange(N), best]]
-        *by_layer, oracle = [score(settings.task, answers(outputs), labels)["score"] for outputs in chosen]
-        oracle = {"score": oracle, "mean_layer": (best + 1).double().mean().item()}
-        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
-    return mean_of(trees)
+from run import (CRITERIA, METHODS, PLACE, all_layers, apply_exit, autocast, changed_settings, device_name,
+                 full_depth, load_run, make_rule, make_settings, mean_of, read_splits, timed)
 
 
 # ---- which runs make a cell ----

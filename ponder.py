@@ -114,11 +114,11 @@ def expected_prediction(logits, p):
 # ends every row. A rule that cannot stop early names its `earliest` layer.
 
 class QExit:
-    """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in (0,1], 1 is layer L."""
+    """Stop at the first layer i with sum_{j<=i} p(j|x) > q   (section 3.1); q in [0,1], 1 is layer L."""
 
     def __init__(self, q):
-        if not 0 < q <= 1:
-            raise ValueError(f"q must lie in (0, 1], not {q}")
+        if not 0 <= q <= 1:
+            raise ValueError(f"q must lie in [0, 1], not {q}")
         self.q = q
 
     def start(self, B, L, device):

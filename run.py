@@ -5,6 +5,7 @@ import dataclasses
 import os
 import platform
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 import albert
 import bert
 from checkpoint import (PUBLISHED, InputError, find_model, guard, read_json, read_safetensors, sha256_file,
-                        shorten, write_json)
+                        say, shorten, write_json)
 from fast import pad
-from glue import get_task, load, sources
+from glue import TASKS, answers, get_task, load, score, sources
 from ponder import (EntropyExit, FixedExit, LearnedExit, PatienceExit, Ponder, QExit, SampleExit,
                     exit_distribution, exit_layers, expected_prediction)
 from text import load_tokenizer, train_tokenizer
@@ -51,7 +52,6 @@ RULES = {       # exit: its rule, the rule's arguments in Settings, the first on
     "learned": (LearnedExit, ["certainty"], [n / 20 for n in range(20)]),
 }
 THRESHOLDS = {name: takes[0] for name, (_, takes, _) in RULES.items()}
-SWEEPS = {name: values for name, (_, _, values) in RULES.items()}
 READ_BY = {"beta": ["q"], "cut": ["q"]}     # setting: the exits of the methods that alone read it
 READ_BY |= dict.fromkeys(("prior", "lambda_layers", "lambda_input", "lambda_lr"), ["q", "learned"])
 READ_BY |= {name: [criterion] for criterion, (_, takes, _) in RULES.items() for name in takes}
@@ -78,7 +78,7 @@ class Settings:
     device: str = setting(None, None, "cuda, cuda:N, mps or cpu; without it the first that is there")
     precision: str = setting(None, ("float32", "bf16"), "not given: bf16 on a GPU that has it, else float32")
     exit: str = setting("q", CRITERIA, "the exit whose dev score stops and selects")
-    q: float = setting(0.5, (1e-9, 1), "threshold of Q-exit (section 3.1)")
+    q: float = setting(0.5, (0, 1), "threshold of Q-exit (section 3.1)")
     beta: float = setting(0.5, (0, 1e9), "weight of the KL term (Table 4)")
     prior: float = setting(0.1, (1e-6, 1 - 1e-6), "lambda of the geometric prior (section 4.5)")
     cut: float = setting(0.05, (0, 0.99), "what is left of p where it is cut (section 3); 0: no cut")
@@ -124,11 +124,13 @@ class Settings:
 
 def make_settings(**given):
     """Settings with the presets of model and method under what is given"""
-    model = given.get("model")
+    task, model = given.get("task", "parity"), given.get("model")
+    if task not in TASKS and os.path.isdir(task):
+        task = os.path.abspath(task)        # own data, which a run finds from any folder
     if model is None:
-        model = "tiny" if given.get("task", "parity") == "parity" else "albert-base-v2"
+        model = "tiny" if task == "parity" else "albert-base-v2"
     presets = SCRATCH.get(model, {}) | METHODS.get(given.get("method"), {})
-    return Settings(**presets | given | {"model": model})
+    return Settings(**presets | given | {"task": task, "model": model})
 
 
 def changed_settings(settings):
@@ -246,13 +248,15 @@ def make_ponder(encoder, settings, tokenizer):
     if tokenizer.vocab_size > encoder.config.vocab_size:
         raise InputError(f"{settings.model}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                          f"embeddings for {encoder.config.vocab_size}; take both from one model")
+    if tokenizer.vocab_size < encoder.config.vocab_size:        # harmless, unless the vocabulary is cut short
+        say(f"{settings.model}: {tokenizer.vocab_size} pieces, embeddings for {encoder.config.vocab_size}")
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length: {settings.model} takes no more than {encoder.max_length} tokens")
     lambda_layers = 0 if settings.method in ("pabee", "finetune") else settings.lambda_layers
+    num_labels = get_task(settings.task).num_labels
     try:
-        return Ponder(encoder, get_task(settings.task).num_labels, settings.layers, lambda_layers,
-                      settings.lambda_input == "concat", settings.classifiers == "per_layer",
-                      settings.prior, settings.dropout)
+        return Ponder(encoder, num_labels, settings.layers, lambda_layers, settings.lambda_input == "concat",
+                      settings.classifiers == "per_layer", settings.prior, settings.dropout)
     except ValueError as error:
         raise InputError(f"--layers {settings.layers}: {error}") from None
 
@@ -409,6 +413,64 @@ def apply_exit(criterion, settings, logits, lam, draw=0):
     if criterion == "expectation":
         return expected_prediction(logits, exit_distribution(lam)), layers
     return logits[torch.arange(len(layers)), layers - 1], layers
+
+
+# ---- what one pass of full depth tells ----
+
+def mean_of(trees):
+    """Dicts and lists of one form -> their mean, number by number; a key may be missing in some"""
+    if isinstance(trees[0], dict):
+        keys = dict.fromkeys(key for tree in trees for key in tree)
+        return {key: mean_of([tree[key] for tree in trees if key in tree]) for key in keys}
+    if isinstance(trees[0], list):
+        return [mean_of(same) for same in zip(*trees, strict=True)]
+    return statistics.mean(trees)
+
+
+def exit_result(criterion, settings, logits, lam, labels, split):
+    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,) of exits, and
+    dealt: the score if the same layers go to random rows, which a good choice of rows beats. All are means of
+    DRAWS draws."""
+    draws, (N, L) = [], lam.shape
+    for draw in range(DRAWS):
+        outputs, layers = apply_exit(criterion, settings, logits, lam, draw)
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(draw))
+        dealt = logits[torch.arange(N), layers[order] - 1]
+        metrics = score(settings.task, answers(outputs), labels)
+        shares = torch.bincount(layers, minlength=L + 1)[1:].double() / N
+        draws.append({"score": metrics.pop("score"), "metrics": {split: metrics},
+                      "dealt": score(settings.task, answers(dealt), labels)["score"],
+                      "mean_layer": layers.double().mean().item(), "histogram": shares.tolist()})
+    return mean_of(draws)
+
+
+def study(settings, splits):
+    """What run.json keeps of a finished run, so that tables and Figs. 2 to 4 need no model: splits {split:
+    (logits (N,L,C), lam (N,L), labels)} -> dev {exit: exit_result()}, sweep {exit: a row for each threshold},
+    by_layer (L,): the score of every fixed layer, oracle: score and mean_layer of each row's first right one,
+    L where none is; for regression of the one with the least error"""
+    trees = []
+    for split, (logits, lam, labels) in splits.items():
+        dev, sweep, (N, L) = {}, {}, lam.shape
+        for criterion in settings.exits:
+            dev[criterion] = exit_result(criterion, settings, logits, lam, labels, split)
+            _, takes, values = RULES.get(criterion, (None, None, ()))
+            for value in values:
+                changed = dataclasses.replace(settings, **{takes[0]: value})
+                result = exit_result(criterion, changed, logits, lam, labels, split)
+                row = {name: result[name] for name in ("score", "mean_layer", "dealt")}
+                row |= {criterion: value, "speed_up": L / result["mean_layer"]}
+                sweep.setdefault(criterion, []).append(row)
+        error = (answers(logits.flatten(0, 1)).view(N, L) - torch.tensor(labels)[:, None]).abs()
+        if logits.shape[2] > 1:
+            error = (error > 0).int()
+            error[:, -1] = 0                                        # layer L is taken where none is right
+        best = error.argmin(1)                                      # (N,) from 0, the first of the least
+        chosen = [*logits.unbind(1), logits[torch.arange(N), best]]
+        *by_layer, oracle = [score(settings.task, answers(outputs), labels)["score"] for outputs in chosen]
+        oracle = {"score": oracle, "mean_layer": (best + 1).double().mean().item()}
+        trees.append({"dev": dev, "sweep": sweep, "by_layer": by_layer, "oracle": oracle})
+    return mean_of(trees)
 
 
 # ---- commands ----

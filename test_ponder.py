@@ -358,7 +358,7 @@ def test_no_layer_is_computed_for_a_row_that_has_stopped_but_depthwise_to_fill_t
 
 @pytest.mark.parametrize("call, arguments, says", [
     *((geometric_prior, (lam, 12), "must lie in") for lam in (0.0, 1.0, -0.1, 1.5, math.nan)),
-    *((QExit, (q,), "must lie in") for q in (0, 1.01, math.nan)), (PatienceExit, (0,), "must be at least"),
+    *((QExit, (q,), "must lie in") for q in (-0.1, 1.01, math.nan)), (PatienceExit, (0,), "must be at least"),
     (exit_layers, (EntropyExit(0.5), torch.zeros(2, 4, 1), torch.zeros(2, 4)), "needs classes"),
     (exit_layers, (PatienceExit(2), torch.zeros(2, 4, 1), torch.zeros(2, 4)), "needs a tolerance"),
     (Ponder, (Roberta(ROBERTA_CONFIG), 3, 4), "share their weights"),
@@ -542,7 +542,7 @@ def test_on_cuda_predict_many_equals_the_cpu_and_waits_once_a_layer(kind, rule, 
 
 
 @pytest.mark.parametrize("N, batch_size, full", [
-    (127, 1, False), (128, 1, True), (1023, 8, False), (1024, 8, True), (3999, 256, False), (4000, 256, True)])
+    (127, 1, False), (128, 1, True), (1023, 8, False), (1024, 8, True), (3999, 99, False), (4000, 99, True)])
 def test_on_cuda_full_batches_are_the_default_for_many_inputs(N, batch_size, full, cuda):
     model, inputs, _ = case("albert", QExit, 0.5)
     with mock.patch.object(fast, "Places") as places, mock.patch.object(fast, "descend"):
@@ -712,6 +712,14 @@ def test_help_has_groups_and_80_columns(file, groups):
     said = shell(HERE / file, "--help", env=os.environ | {"COLUMNS": "80"}).stdout
     assert all(f"\n{group}:\n" in said for group in groups)
     assert len(said.splitlines()) > 40 and max(map(len, said.splitlines())) <= 80
+
+
+def test_help_shows_the_defaults_of_the_model_and_method_that_are_asked_for(capsys):
+    for flags, rates in (([], ["[0.001]", "[0.001]"]), (["--task", "rte"], ["[1e-05]", "[1e-05]"]),
+                         (["--model", "mini", "--method", "pabee"], ["[0.0005]"])):
+        train.main([*flags, "--help"])
+        said = capsys.readouterr().out.split("--lr float ")[1].split("--batch-size")[0]
+        assert re.findall(r"\[.*\]", said) == rates, flags
 
 
 # ---- device, precision, terminal ----
@@ -899,7 +907,8 @@ def test_nohup_keeps_its_meaning():
     (("adam", 0, "exp_avg_sq"), None), (("adam", 0), None), (("adam",), 7), (("model",), 7),
     (("model", "classifier.bias"), torch.zeros(1)), (("model", "classifier.bias"), None),
     (("model", "x"), torch.ones(1)), (("step",), -1), (("step",), 10**9), (("step",), True),
-    (("best_epoch",), 4), (("best",), "high"), (("log_bytes",), 10**9), (("seconds",), None)])
+    (("best_epoch",), 4), (("best",), "high"), (("best",), float("nan")), (("log_bytes",), 10**9),
+    (("seconds",), None)])
 def test_a_resume_file_that_does_not_fit_is_refused_before_anything_moves(place, value, rte, here):
     train_until(6, *rte, "--save-every", "1", "--name", "x")
     saved = torch.load(here / "runs/x/resume.pt")
@@ -1187,7 +1196,8 @@ def test_fixed_layers_the_oracle_and_layers_dealt_at_random_equal_plain_loops(ta
     logits, lam, labels = torch.randn(N, L, C), torch.rand(N, L), np.arange(N) % (6 if C == 1 else 2)
     value = (logits[..., 0] if C == 1 else logits.argmax(2)).numpy()
     score = lambda layers: glue.score(task, value[range(N), np.array(layers) - 1], labels)["score"]
-    found = paper.study(run_module.make_settings(task=task, q=0.6), {"dev": (logits, lam, labels.tolist())})
+    settings = run_module.make_settings(task=task, q=0.6)
+    found = run_module.study(settings, {"dev": (logits, lam, labels.tolist())})
     assert found["by_layer"] == pytest.approx([score([i] * N) for i in range(1, L + 1)])
     error, leaves = abs(value - labels[:, None]), exit_layers(QExit(0.6), logits, lam).numpy()
     first = [L if C > 1 and row.all() else row.argmin() + 1 for row in error]
@@ -1409,7 +1419,7 @@ def test_regression_is_evaluated_swept_explained_and_answered_by_every_method(me
     ask = functools.partial(asked, capsys, "--run", f"stsb-{method}")
     result = json.loads(ask("--json"))
     assert set(result["metrics"]) == {"pearson", "spearman"} and result["differ"] == 0
-    if result["exit"] in run_module.SWEEPS:
+    if result["exit"] in run_module.RULES:
         fixed, = re.findall("every fixed layer.*: (.*)", ask("--sweep"))
         assert len(fixed.split()) == 3
     assert ask("--text", "a dog", "--text-b", "a cat").count("\n") == 8
@@ -1417,6 +1427,23 @@ def test_regression_is_evaluated_swept_explained_and_answered_by_every_method(me
     assert header == "value\tlayer" and len(lines) == 5
     assert {line.split("\t")[1] for line in lines} <= {"1", "2", "3"}
     assert "no labels" in refusal("--run", f"stsb-{method}", "--split", "test", command=evaluation)
+
+
+def test_own_data_of_three_classes_trains_and_is_answered_from_any_folder(here, capsys, monkeypatch):
+    words = {"warm": ("sun", "fire", "sand"), "cold": ("snow", "ice", "hail"), "wet": ("rain", "sea", "river")}
+    rows = [(f"we saw the {thing} today", word) for word, things in words.items() for thing in things] * 20
+    for split in ("train", "dev"):
+        write_file(here, f"own/{split}.tsv", "sentence|label/" + "".join([f"{a}|{b}/" for a, b in rows]))
+    train.main("--task own --model tiny --layers 3 --lr 3e-3 --epochs 8 --device cpu --name own".split())
+    assert run_json("own")["dev"]["q"]["score"] == 100
+    monkeypatch.chdir(write_file(here, "else/in.tsv", "sentence/" + "".join([f"{a}/" for a, _ in rows])).parent)
+    capsys.readouterr()
+    evaluation.main(["--run", f"{here}/runs/own", "--input", "in.tsv", "--device", "cpu"])
+    header, *lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert header == ["label", "probability", "layer"] and [line[0] for line in lines] == [b for _, b in rows]
+    (here / "own/train.tsv").unlink()
+    glue.get_task.cache_clear()
+    assert "expected a folder with train.tsv" in refusal("--run", f"{here}/runs/own", command=evaluation)
 
 
 def test_the_readmes_code_answers_with_a_run(runs):

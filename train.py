@@ -33,11 +33,10 @@ from checkpoint import (InputError, atomic_write, check, guard, lock, read_torch
                         write_safetensors)
 from fast import pad, upload
 from glue import buckets, sources
-from paper import exit_result, mean_of, study
 from ponder import berxit_loss, elbo_loss, exit_distribution, geometric_prior, layer_weighted_loss
 from run import (DRAWS, PLACE, READ_BY, RUNS, Parser, Settings, autocast, changed_settings, choose_device,
-                 describe, fill, find_run, flag, full_depth, hashes, make_model, make_settings, open_run,
-                 origin_of, read_run, read_splits, run_main, run_name)
+                 describe, exit_result, fill, find_run, flag, full_depth, hashes, make_model, make_settings,
+                 mean_of, open_run, origin_of, read_run, read_splits, run_main, run_name, study)
 
 # Table 4
 GRID = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "batch_size": (16, 32, 128), "lambda_lr": (1e-5, 2e-5, 3e-5)}
@@ -197,6 +196,7 @@ class Training:
                 good = type(saved[name]) is int and 0 <= saved[name] <= most
                 check(good, f"{name} is {saved[name]}, expected 0 to {most}")
             self.step, self.best, self.best_epoch = saved["step"], float(saved["best"]), saved["best_epoch"]
+            check(not math.isnan(self.best), "best is no score")
             self.started = time.time() - saved["seconds"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["adam"]})
@@ -253,7 +253,7 @@ class Training:
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.waiting.append(({"step": self.step, "epoch": epoch} | rates, batch, parts))
         if self.step == 1 or self.step % LOG_EVERY == 0:
-            numbers = ", ".join(f"{name} {value:.3f}" for name, value in self.flush().items())
+            numbers = ", ".join(f"{name} {value:z.3f}" for name, value in self.flush().items())
             pace = (time.time() - self.started) / self.step
             left = datetime.timedelta(seconds=round(pace * (self.total - self.step)))
             say(f"epoch {epoch}, step {self.step} of at most {self.total}: {numbers}; {1 / pace:.1f} "
@@ -406,16 +406,18 @@ def protocol(settings, seeds, grid, dry_run):
 
 # ---- the command ----
 
-def make_parser():
+def make_parser(defaults):
+    """The command line, which tells these Settings as its defaults"""
     parser = Parser("train.py", __doc__)
     for field in dataclasses.fields(Settings):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
         allowed, meaning = field.metadata["allowed"], field.metadata["meaning"]
+        default = getattr(defaults, field.name)
         if field.type is str and allowed is not None:
             meaning += ": " + ", ".join(allowed)
-        if field.default is not None:
-            meaning += f" [{field.default}]"
+        if default is not None:
+            meaning += f" [{default}]"
         group.add_argument(flag(field.name), help=meaning, metavar=field.type.__name__)
     group = parser.add_argument_group("several runs, and runs that were stopped")
     group.add_argument("--name", help="folder under runs/; what is unfinished there goes on")
@@ -427,13 +429,17 @@ def make_parser():
 
 
 def main(argv=None):
-    asked, given = vars(make_parser().parse_args(argv)), {}
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word not in ("-h", "--help")]
+    asked, given = vars(make_parser(Settings()).parse_args(words)), {}
     for field in dataclasses.fields(Settings):
         if field.name in asked:
             text = given[field.name] = asked[field.name]
             with contextlib.suppress(ValueError):       # what is no number stays a text; Settings refuses it
                 given[field.name] = None if text.lower() == "none" else field.type(text)
     settings, name, resume = make_settings(**given), asked.get("name"), asked.get("resume")
+    if len(words) < len(argv):
+        return make_parser(settings).print_help()       # with the defaults of the task and model asked for
     seeds, grid, exits = asked.get("seeds"), "grid" in asked, settings.exits
     several = seeds is not None or grid
     idle = [name for name in given if not set(READ_BY.get(name, exits)) & set(exits)]
