@@ -1430,13 +1430,14 @@ def test_regression_is_evaluated_swept_explained_and_answered_by_every_method(me
 
 
 def test_own_data_of_three_classes_trains_and_is_answered_from_any_folder(here, capsys, monkeypatch):
-    words = {"warm": ("sun", "fire", "sand"), "cold": ("snow", "ice", "hail"), "wet": ("rain", "sea", "river")}
+    words = {"warm": ("sun", "fire", "sand"), "cold": ("snow", "ice", "hail"), "wet": ("rain", "sea", "dew")}
     rows = [(f"we saw the {thing} today", word) for word, things in words.items() for thing in things] * 20
     for split in ("train", "dev"):
         write_file(here, f"own/{split}.tsv", "sentence|label/" + "".join([f"{a}|{b}/" for a, b in rows]))
     train.main("--task own --model tiny --layers 3 --lr 3e-3 --epochs 8 --device cpu --name own".split())
     assert run_json("own")["dev"]["q"]["score"] == 100
-    monkeypatch.chdir(write_file(here, "else/in.tsv", "sentence/" + "".join([f"{a}/" for a, _ in rows])).parent)
+    texts = "".join([f"{a}/" for a, _ in rows])
+    monkeypatch.chdir(write_file(here, "else/in.tsv", "sentence/" + texts).parent)
     capsys.readouterr()
     evaluation.main(["--run", f"{here}/runs/own", "--input", "in.tsv", "--device", "cpu"])
     header, *lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
