@@ -45,6 +45,7 @@ def report(model, settings, criterion, splits, split, batch_size, as_json):
 
     whole_seconds, arrays = measure(lambda rows: all_layers(model, rows, batch_size, settings.precision))
     labels = [labels for _, labels in splits.values()]
+    # Of each split what exit_result() takes: logits, lam, labels, name.
     parts = [*zip(*(array.split(sizes) for array in arrays), labels, splits)]
     print(f"{settings.task} {split}, {L} layers, batch {batch_size}\n  exit             score  mean layer  "
           "    speed-up  seconds  full depth  faster  rows that differ", file=out)

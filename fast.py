@@ -32,12 +32,12 @@ def predict_many(model, inputs, rule, batch_size=32, depthwise=None):
     order = np.argsort([-len(ids) for ids, _ in inputs], kind="stable")     # longest first
     inputs, rows = [inputs[row] for row in order], upload(order, device)
     state = tuple(s[rows] for s in rule.start(N, model.num_layers, device))
-    answers = parameter.new_zeros(N + 1, model.num_labels)      # row N takes the outputs of rows that go on
+    answers = parameter.new_zeros(N + 1, model.num_labels)      # row N is what Places drops
     layers = torch.zeros(N + 1, dtype=torch.int64, device=device)
-    start = 0
     if depthwise and N:
         Places(model, inputs, rows, rule, state, min(batch_size, N), answers, layers).run()
-        start = N
+        return answers[:N], layers[:N]
+    start = 0
     while start < N:
         c = slice(start, start + max(batch_size, POOL_TOKENS // len(inputs[start][0])))
         descend(model, inputs[c], rows[c], rule, tuple(s[c] for s in state), batch_size, answers, layers)
@@ -82,8 +82,10 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
             for c, T in chunks(lengths, batch_size, device):
                 source = keep[c] if stop else c     # keep ascends, so no row is read after it was overwritten
                 h[c, :T] = encoder.finish(i, h[source, :T], mask[c, :T], cls[source])
-            keep = slice(len(go))                               # the finished rows have moved up
-        h, mask = h[keep, :lengths[0]], mask[:, :lengths[0]]
+            h = h[:len(go), :lengths[0]]                        # the finished rows have moved up
+        else:
+            h = h[keep, :lengths[0]]
+        mask = mask[:, :lengths[0]]
 
 
 class Places:
@@ -143,7 +145,7 @@ class Places:
         self.h[:, :T] = h
         self.pooled.copy_(pooled)
         self.depth.copy_(torch.where(stop, 0, i))
-        following = position.max() + stop.cumsum(0)                   # (n,) a row for each free place
+        following = position.max() + stop.cumsum(0)     # (n,) behind the last row that has a place
         position.copy_(torch.where(stop, following.clamp(max=self.N), position))
 
 

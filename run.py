@@ -341,8 +341,10 @@ def origin_of(settings):
 def describe(settings, device):
     """What run.json records so that a number can be traced: settings, versions, device, precision"""
     versions = {module.__name__: module.__version__ for module in (torch, numpy, sentencepiece)}
+    with autocast(device, settings.precision):
+        bf16 = torch.is_autocast_enabled(device.type)
     return {"settings": dataclasses.asdict(settings), "finished": False, "device": device_name(device),
-            "precision": "bf16" if autocast(device, settings.precision)._enabled else "float32",
+            "precision": "bf16" if bf16 else "float32",
             "versions": {"python": platform.python_version(), **versions}}
 
 

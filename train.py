@@ -142,7 +142,7 @@ class Training:
     def start(self, folder):
         """Rank 0 alone: take the folder and save the first state of a run that begins -> the folder, and the
         results of a run that is finished, else None"""
-        settings, folder = self.settings, folder or find_folder(self.settings)
+        settings, folder = self.settings, folder or new_folder(self.settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.log = folder, open(folder / "metrics.jsonl", "ab")
         if not lock(self.log):                  # a run has one writer
@@ -345,23 +345,31 @@ def recorded(folder):
     return read_run(folder)[1] if (folder / "run.json").exists() else {}
 
 
-def find_folder(settings, origin=None, name=None):
-    """Of runs/NAME, or of the run's own name and that with -2, -3, ..., the first that is free or holds this
-    very run; without an origin the first that is new, made. InputError where the one named is another's."""
-    own = run_name(settings)
-    names = [name] if name else itertools.chain([own], (f"{own}-{n}" for n in itertools.count(2)))
-    for folder in map(RUNS.joinpath, names):
-        if origin is None:
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)          # decides between two processes that start at once
-                return folder
-        elif not (folder / "run.json").exists():
+def folders_of(settings):
+    """The folders that a run may have: its own name under runs/, and that with -2, -3, ..."""
+    own = RUNS / run_name(settings)
+    yield own
+    for n in itertools.count(2):
+        yield own.with_name(f"{own.name}-{n}")
+
+
+def new_folder(settings):
+    """The first of folders_of() that is new, made"""
+    for folder in folders_of(settings):
+        with contextlib.suppress(FileExistsError):      # decides between two processes that start at once
+            folder.mkdir(parents=True)
             return folder
-        else:
-            before, values = read_run(folder)
-            before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
-            if before == settings and values | origin == values:
-                return folder
+
+
+def find_folder(settings, origin, folders):
+    """The first of the folders that is free or holds this very run; InputError where all are others'"""
+    for folder in folders:
+        if not (folder / "run.json").exists():
+            return folder
+        before, values = read_run(folder)
+        before = dataclasses.replace(before, **{key: getattr(settings, key) for key in PLACE})
+        if before == settings and values | origin == values:
+            return folder
     raise InputError(f"{folder} holds a run with other settings, data or model; give another --name")
 
 
@@ -371,7 +379,7 @@ def train_all(runs, origin, dry_run):
     """The dev scores of the runs by their own exit; a dry run prints the commands of those that are left."""
     scores = []
     for settings in runs:
-        folder = on_rank_0(lambda: find_folder(settings, origin))
+        folder = on_rank_0(lambda: find_folder(settings, origin, folders_of(settings)))
         if dry_run and not recorded(folder).get("finished"):
             keys = dict.fromkeys(["task", "model", "method", "seed", *changed_settings(settings)])
             flags = [f"{flag(key)}={getattr(settings, key)}" for key in keys]
@@ -464,7 +472,7 @@ def main(argv=None):
         folder = on_rank_0(lambda: find_run(resume or None, unfinished=True))
         settings = read_run(folder)[0]
     elif name is not None:
-        folder = on_rank_0(lambda: find_folder(settings, origin_of(settings), name))
+        folder = on_rank_0(lambda: find_folder(settings, origin_of(settings), [RUNS / name]))
     if several:
         protocol(settings, seeds or 0, grid, "dry_run" in asked)
     else:
