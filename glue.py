@@ -346,11 +346,11 @@ SUBMISSION = {("cola", "test"): 1063, ("sst2", "test"): 1821, ("mrpc", "test"): 
 SUFFIXES = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
 
 
-def write_submission(file, predictions):
+def write_submission(zip_file, predictions):
     """Writes the zip for GLUE's server from {(task, split): predictions as score() takes them} -> the names
-    of the files that it lacks. The same predictions give the same bytes. file: of atomic_write()."""
+    of the files that it lacks. The same predictions give the same bytes. zip_file: a path or an open file"""
     missing = []
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(zip_file, "w") as archive:
         for (name, split), size in SUBMISSION.items():
             task = TASKS[name]
             file = f"{task.folder}{SUFFIXES[split]}.tsv"
