@@ -176,6 +176,8 @@ def print_tables(root):
     """Tables 1 to 3 of the paper with ours beside it, in Markdown. Then every system that was run, by each of
     its exits, and what says whether an exit has learned anything: every fixed layer, and the oracle."""
     found, exits, layers = cells(root), [], []
+    if not found:
+        say(f"found no finished runs in {root}/, so no row is ours; train.py makes them")
     paper_table(found, "Table 1. Ablation, GLUE dev, mean ± std", TABLE_1)
     paper_table(found, "Table 2. GLUE dev, median over seeds", TABLES_2_3)
     paper_table(found, "Table 3. GLUE test; ours: see eval.py --submit", TABLES_2_3, 1)
