@@ -183,6 +183,7 @@ def print_tables(root):
     paper_table(found, "Table 3. GLUE test; ours: see eval.py --submit", TABLES_2_3, 1)
     run_tasks = {task for by_task in found.values() for task in by_task}
     tasks = [*(task for task in NAMES if task in run_tasks), *sorted(run_tasks - NAMES.keys())]
+    names = [Path(task).name for task in tasks]             # own data's task is a path
     for (model, system), by_task in found.items():
         layers.append([model, system, *(layers_cell(by_task.get(task)) for task in tasks)])
         for criterion in CRITERIA:
@@ -190,9 +191,9 @@ def print_tables(root):
             if runs and (criterion != "last" or system.startswith("finetune")):     # else it is a fixed layer
                 exits.append([model, system, criterion, *(cell(runs.get(task), criterion) for task in tasks)])
     print_table("Every system, on dev, mean ± std; dealt: the same exit layers given to random rows",
-                ["model", "system", "exit", *tasks], exits)
+                ["model", "system", "exit", *names], exits)
     print_table("The same systems at every fixed layer; then the oracle, each row's first right layer",
-                ["model", "system", *tasks], layers)
+                ["model", "system", *names], layers)
 
 
 # ---- figures ----
@@ -250,7 +251,7 @@ def draw_panels(figure, panels, draw):
     for place, ((task, model), members) in enumerate(panels.items(), 1):
         seeds = sorted({len(runs) for runs in members.values()})
         n = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        title = f"{NAMES.get(task, shorten(task))}, {shorten(model)}, n = {n}"
+        title = f"{NAMES.get(task, shorten(Path(task).name))}, {shorten(model)}, n = {n}"
         axis = figure.add_subplot(height, columns, place, title=title.replace("$", r"\$"))
         draw(axis, members)
         handles, labels = axis.get_legend_handles_labels()
