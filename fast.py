@@ -14,8 +14,8 @@ import torch
 POOL_TOKENS = 24576     # tokens that go down together, so that few rows are left alone when most have stopped
 CHUNK_TOKENS = 1024     # tokens of a layer at a time on a CPU, measured against 512 to 1,536
 FIRST_TOKENS = 384      # tokens in a pool from which a CPU gains by deciding a layer first; an H100 does not
-STREAM_ROWS = 4000      # inputs, or
-STREAM_BATCHES = 128    # batches, from which full batches pay on an H200, whose graphs are recorded first
+STREAM_ROWS = 4000      # inputs from which full batches pay on an H200, whose graphs are recorded first
+STREAM_BATCHES = 128    # batches of inputs from which they pay, too
 
 
 @torch.no_grad()
@@ -89,10 +89,11 @@ def descend(model, inputs, rows, rule, state, batch_size, answers, layers):
 
 
 class Places:
-    """A batch that is kept full: each place has a row at a layer of its own, and a row that stops frees it.
-    A step is the same work for every place, so its shape depends on T alone, the longest row in steps of 16.
-    On CUDA a shape that keeps coming is recorded as a graph, because its sixty kernels take the host longer
-    to start than the device to run. Within the step the next rows of the queue take the free places."""
+    """A batch that is kept full (continuous batching): each place has a row at a layer of its own, and a row
+    that stops frees it. A step is the same work for every place, so its shape depends on T alone, the longest
+    row in steps of 16. On CUDA a shape that keeps coming is recorded as a graph, because its sixty kernels
+    take the host longer to start than the device to run. Within the step the next rows of the queue take the
+    free places."""
 
     def __init__(self, model, inputs, rows, rule, state, size, answers, layers):
         encoder, device, self.N = model.encoder, answers.device, len(inputs)

@@ -94,8 +94,9 @@ def open_table(path, header=None):
 
 def find_columns(header, names):
     """Returns the place of each name in the header. ValueError unless each is there once."""
-    good = "\r" not in "".join(header) and all(header.count(name) == 1 for name in names)
-    check(good, f"its columns are {', '.join(header)}, expected {', '.join(names)}, each once, before a LF")
+    check("\r" not in "".join(header), "its lines end with CR, expected LF or CR LF")
+    good = all(header.count(name) == 1 for name in names)
+    check(good, f"its columns are {', '.join(header)}, expected {', '.join(names)}, each once")
     return [header.index(name) for name in names]
 
 
@@ -197,7 +198,8 @@ def sources(task, data_dir=None):
 
 
 def find_files(task, split, data_dir):
-    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file."""
+    """Returns the file of a split, and MRPC's dev ids if the split is made from the raw file; [] for parity.
+    InputError where the file is not there."""
     if task.name == "parity":
         return []    # it is made, not read
     if task.name not in TASKS:

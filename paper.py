@@ -39,6 +39,27 @@ def system_of(settings):
     return ", ".join([settings.method, *(f"{name} {getattr(settings, name)}" for name in changed)])
 
 
+def read_result(path):
+    """(Run, what its seeds share: settings, precision, data, model, exits) of a run.json; None for one that
+    is no result. Fails where something in it could not be printed or drawn."""
+    values = read_json(path)
+    settings = make_settings(**values["settings"])
+    if not values["finished"] or settings.max_steps is not None:
+        return None
+    own = values["dev"][settings.exit]["score"]
+    run = Run(path.parent, settings, own, *(values[name] for name in Run._fields[3:]))
+    layers_cell([run])
+    for name in run.dev:
+        cell([run], name)
+        check(len(run.dev[name]["histogram"]) == len(run.by_layer), "another number of layers")
+        for row in run.sweep.get(name, ()):
+            mean_of([row[name], row["score"], row["speed_up"]])
+    # Where and how a run was made makes no other set; the precision is the one that was really used.
+    rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
+    shared = dataclasses.replace(settings, **rest), str([values.get("data"), values.get("model"), *run.dev])
+    return run, shared
+
+
 def cells(root):
     """{(model, system): {task: runs}} of root/*/run.json and root/*.json, the one rule for tables, figures
     and submissions: the runs of a cell are the seeds of ONE set of settings, precision, data and model, the
@@ -47,28 +68,19 @@ def cells(root):
     sets, found, paths = {}, {}, [*root.glob("*/run.json"), *root.glob("*.json")]
     for path in sorted(paths, key=lambda path: path.lstat().st_mtime_ns):
         try:
-            values = read_json(path)
-            settings = make_settings(**values["settings"])
-            if not values["finished"] or settings.max_steps is not None:                # is no result
+            result = read_result(path)
+            if result is None:
                 continue
-            own, origin = values["dev"][settings.exit]["score"], [*map(values.get, ("data", "model"))]
-            run = Run(path.parent, settings, own, *(values[name] for name in Run._fields[3:]))
-            layers_cell([run])                              # fails here if it cannot be printed or drawn
-            for name in run.dev:
-                cell([run], name)
-                check(len(run.dev[name]["histogram"]) == len(run.by_layer), "another number of layers")
-                for row in run.sweep.get(name, ()):
-                    mean_of([row[name], row["score"], row["speed_up"]])
-            # Where and how a run was made makes no other set; the precision is the one that was really used.
-            rest = {"seed": 0, "precision": values["precision"], **dict.fromkeys(PLACE)}
-            one_set = dataclasses.replace(settings, **rest), str([*origin, *run.dev])
-            key = Path(settings.model).name, ORDER.index(settings.method), system_of(settings), settings.task
-            others = [*sets.get(key, {}).get(one_set, {}).values()][:1]     # or beside those of its set
-            mean_of([[*one[4:]] for one in [run, *others]])
+            run, shared = result
+            chosen = run.settings
+            key = Path(chosen.model).name, ORDER.index(chosen.method), system_of(chosen), chosen.task
+            seeds = sets.get(key, {}).get(shared, {})
+            mean_of([[*one[4:]] for one in [run, *seeds.values()]])     # fails where they do not fit together
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error})")
+            say(f"passed over {path}, which is not what train.py writes ({type(error).__name__}: {error}); "
+                "remove it, or train that run again")
             continue
-        sets.setdefault(key, {}).setdefault(one_set, {})[settings.seed] = run
+        sets.setdefault(key, {}).setdefault(shared, {})[chosen.seed] = run
     for (model, _, system, task), choices in sorted(sets.items()):
         choices = [list(seeds.values()) for seeds in choices.values()]
         best = max(choices, key=lambda runs: (len(runs), statistics.mean(run.score for run in runs)))

@@ -124,7 +124,7 @@ class Settings:
 
 def make_settings(**given):
     """Settings with the presets of model and method under what is given"""
-    task, model = given.get("task", "parity"), given.get("model")
+    task, model = given.get("task", Settings.task), given.get("model")
     if task not in TASKS and os.path.isdir(task):
         task = os.path.abspath(task)        # own data, which a run finds from any folder
     if model is None:
@@ -182,10 +182,11 @@ def choose_device(name=None):
 
 def autocast(device, precision=None):
     """The context to compute in, bf16 (None: on a GPU that has it) or float32; InputError if it cannot."""
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    able = has.get("avx512_bf16") or has.get("amx_bf16")
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        able = has.get("avx512_bf16") or has.get("amx_bf16")
     bf16 = precision == "bf16" or (precision is None and device.type == "cuda" and able)
     if bf16 and not able:
         raise InputError(f"--precision bf16: this {device.type} does not compute in it; use float32")
@@ -193,8 +194,9 @@ def autocast(device, precision=None):
 
 
 def device_name(device):
-    cpu = f"{device.type}, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def timed(model, work):
@@ -249,7 +251,8 @@ def make_ponder(encoder, settings, tokenizer):
         raise InputError(f"{settings.model}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                          f"embeddings for {encoder.config.vocab_size}; take both from one model")
     if tokenizer.vocab_size < encoder.config.vocab_size:        # harmless, unless the vocabulary is cut short
-        say(f"{settings.model}: {tokenizer.vocab_size} pieces, embeddings for {encoder.config.vocab_size}")
+        say(f"{settings.model}: the tokenizer has {tokenizer.vocab_size} pieces, the model embeddings for "
+            f"{encoder.config.vocab_size}; if they are not of one model, take both from one")
     if settings.max_length > encoder.max_length:
         raise InputError(f"--max-length: {settings.model} takes no more than {encoder.max_length} tokens")
     lambda_layers = 0 if settings.method in ("pabee", "finetune") else settings.lambda_layers
@@ -277,7 +280,8 @@ def open_run(folder, settings):
 def fill(model, path, device):
     """The model, on the device and to evaluate, with the weights of a safetensors file, which it must fit"""
     with guard(path, "set of the run's weights"):
-        weights = {name: x.to(device, torch.float32, copy=True) for name, x in read_safetensors(path).items()}
+        weights = {name: tensor.to(device, torch.float32, copy=True)
+                   for name, tensor in read_safetensors(path).items()}
         model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -353,7 +357,8 @@ def describe(settings, device):
 def read_splits(settings, tokenizer, split):
     """{split: (inputs, labels)} of the splits that a name means, for MNLI's dev and test two; inputs: a list
     of (ids, segments)"""
-    found, parts = {}, [name for name in get_task(settings.task).splits if name.startswith(f"{split}_")]
+    found = {}
+    parts = [name for name in get_task(settings.task).splits if name.startswith(f"{split}_")]
     for name in parts or [split]:
         examples = load(settings.task, name, settings.data_dir)
         inputs = tokenizer.encode_all(examples, settings.max_length)
@@ -393,7 +398,7 @@ def predict_all(model, settings, criterion, inputs, batch_size):
 
 
 def check_finite(good, layers):
-    """InputError unless good is True at each of the layers: what is not finite has no score."""
+    """InputError unless good (...) bool is True at all layers (...): what is not finite has no score."""
     bad = layers[~good]
     if len(bad):
         raise InputError(f"layer {int(bad.min())} gives a number that is NaN or infinite; try a lower --lr")
@@ -410,7 +415,7 @@ def make_rule(criterion, settings, L, draw=0):
 
 
 def apply_exit(criterion, settings, logits, lam, draw=0):
-    """The exit applied to arrays of full depth: predictions (N,C), layers (N,)"""
+    """The exit over arrays of full depth, logits (N,L,C), lam (N,L) -> predictions (N,C), layers (N,)"""
     layers = exit_layers(make_rule(criterion, settings, lam.shape[1], draw), logits, lam)
     if criterion == "expectation":
         return expected_prediction(logits, exit_distribution(lam)), layers
@@ -430,9 +435,9 @@ def mean_of(trees):
 
 
 def exit_result(criterion, settings, logits, lam, labels, split):
-    """An exit over arrays of full depth -> score, metrics by split, mean_layer, histogram (L,) of exits, and
-    dealt: the score if the same layers go to random rows, which a good choice of rows beats. All are means of
-    DRAWS draws."""
+    """An exit over logits (N,L,C), lam (N,L) and labels of a split -> score, metrics by split, mean_layer,
+    histogram (L,) of exits, and dealt: the score if the same layers go to random rows, which a good choice of
+    rows beats. All are means of DRAWS draws."""
     draws, (N, L) = [], lam.shape
     for draw in range(DRAWS):
         outputs, layers = apply_exit(criterion, settings, logits, lam, draw)

@@ -678,7 +678,7 @@ TRAIN_FLAGS = [
     ("--method bert", "palbert, pondernet, pabee, berxit, fine"), ("--task squad", "mrpc"),
     ("--seed -1", "--seed"), ("--turbo", "--turbo"), ("--precision fp16", "bf16"), ("--device cpu:1", "cpu"),
     ("--exit entropy", "q or sample"), ("--method finetune --exit q", "by last"),
-    ("--method finetune --prior 0.2", "finetune on parity does not read --prior"), ("--patience 3", "read"),
+    ("--method finetune --prior 0.2", "not read --prior; leave that out"), ("--patience 3", "read"),
     ("--method pabee --beta 1 --lr 1 --lambda-lr 1", "not read --beta, --lambda-lr"),
     ("--method berxit --cut 0", "read --cut"), ("--task stsb --method pabee --entropy 1", "read --entropy"),
     ("--task stsb --method pabee --exit entropy", "patience or last"), ("--device cpu:²", "cpu:²: expected"),
@@ -2126,7 +2126,7 @@ def test_a_file_that_is_no_task_file_is_one_sentence_with_path_and_fault(task, d
     ("sst2", "sentence/fine//bad", [("fine", None, None), ("", None, None), ("bad", None, None)]),
     ("mrpc", "sentence2|id|sentence1/b|7|a\r/", [("a", "b", None)]), ("rte", "text/a/", "expected sentence1"),
     ("rte", "sentence1|sentence2/a|b/c/", "line 3 has 1 of 2"),
-    ("sst2", "sentence|sentence/a|b/", "each once"), ("sst2", "sentence|label\ra|1\rb|0\r", "before a LF")])
+    ("sst2", "sentence|sentence/a|b/", "each once"), ("sst2", "sentence|label\ra|1\rb|0\r", "end with CR")])
 def test_inputs_are_read_in_order_by_their_columns_and_each_has_its_texts(task, text, expected, tmp_path):
     path = write_file(tmp_path, "in.tsv", text)
     if isinstance(expected, str):

@@ -105,7 +105,8 @@ class AlbertTokenizer(Tokenizer):
         self.settings = {"do_lower_case": lower_case, "keep_accents": keep_accents}
         with guard(model_file, "SentencePiece model"):
             self.files = {"spiece.model": Path(model_file).read_bytes()}
-            check(3 in dict(fields(self.files["spiece.model"])), "it breaks off")     # 3 is its end
+            # 3 is normalizer_spec, with which it ends; half a file is a whole model of fewer pieces.
+            check(3 in dict(fields(self.files["spiece.model"])), "it breaks off")
             self.model.LoadFromSerializedProto(self.files["spiece.model"])
             self.set_vocabulary({self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())})
             # Where one of these occurs, SentencePiece's own ids are not the slow tokenizer's.

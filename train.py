@@ -333,6 +333,7 @@ def run(settings, folder=None):
         training.close()
     say(f"{'exit':<12} {'dev score':>9} {'mean layer':>10}")
     with guard(training.folder / "run.json", "record of a run"):
+        check(settings.exit in results, f"no result by {settings.exit}")
         for name, result in results.items():
             say(f"{name:<12} {result['score']:>9.1f} {result['mean_layer']:>10.2f}")
         return results[settings.exit]["score"]
@@ -454,7 +455,8 @@ def main(argv=None):
     for wrong, sentence in (
             (settings.exit not in exits,
              f"--exit {settings.exit}: {settings.method} on {settings.task} exits by {' or '.join(exits)}"),
-            (idle, f"{settings.method} on {settings.task} does not read {', '.join(map(flag, idle))}"),
+            (idle, f"{settings.method} on {settings.task} does not read {', '.join(map(flag, idle))}; "
+                   "leave that out"),
             (name is not None and (name == ".." or (RUNS / name).parent != RUNS),
              f"--name {name!r}: expected the name of a folder under {RUNS}/"),
             (name is not None and several, "--name: runs of --seeds and --grid have names of their own"),
